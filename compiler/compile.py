@@ -1,0 +1,175 @@
+"""compile: a HuggingFace decoder becomes a bundle with one ONNX file that evicts its own cache."""
+
+import json
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from keysieve.compiler import statistics as statistics_file
+from keysieve.compiler.bundle import MODEL, STATE, STATISTICS, new_folder, write_manifest
+from keysieve.compiler.config import CompileConfig, EvictionConfig
+from keysieve.compiler.inspect import Report, report_of
+from keysieve.compiler.model import identity, load_model, load_skeleton, load_tokenizer
+from keysieve.compiler.pipeline import Matched, engine_graph, find, model_sizes
+from keysieve.compiler.progress import Progress
+from keysieve.compiler.statistics import Statistics
+from keysieve.errors import BundleError, CaptureError
+from keysieve.export.onnx import export_onnx
+from keysieve.passes.graph import Graph
+from keysieve.passes.policies.triattention import common_form
+from keysieve.plugins.contract import NODES, plan_shape
+from keysieve.version import __version__
+
+
+def compile(
+    model: str | Path,
+    output: Path | str,
+    config: CompileConfig | None = None,
+    progress: Progress | None = None,
+    dry_run: bool = False,
+) -> Report:
+    """Capture, match, rewrite and export MODEL into the bundle folder `output`; returns what was matched.
+
+    dry_run: do all of it without weights and without writing anything (statistics are then checked for shape only).
+    Raises KeySieveError's subclasses; `output` appears only when everything succeeded.
+    """
+    config = config or CompileConfig(EvictionConfig())
+    progress = progress or Progress()
+    output = Path(output)
+    if output.exists() and not dry_run:
+        raise BundleError(f"output {output} exists already; remove it or choose another name")
+    if config.stats is not None:
+        statistics_file.existing(config.stats)
+    tokenizer = None if dry_run else load_tokenizer(model)
+    with progress.stage("load"):
+        loaded = (load_skeleton if dry_run else load_model)(model, config.dtype)
+    matched = find(loaded, progress)
+    report = report_of(loaded, matched, config.eviction, config.dtype)
+    matched.require_all()
+    sizes = model_sizes(matched)
+    model_identity = {**identity(loaded), **sizes}
+    statistics = _statistics(config, model_identity, matched, weights_known=not dry_run)
+    if config.dump_graphs:
+        _dump(config.dump_graphs, "captured", matched.graph)
+    with progress.stage("rewrite") as stage:
+        initial = _initial_state(config, matched, statistics)
+        graph = engine_graph(matched, config.eviction, statistics)
+        stage.note(f"{len(graph.fx.nodes):,} nodes")
+    if config.dump_graphs:
+        _dump(config.dump_graphs, "rewritten", graph)
+    if dry_run:
+        return replace(report, nodes=_node_counts(graph))
+    with new_folder(output) as folder:
+        with progress.stage("export") as stage:
+            export_onnx(graph, folder / MODEL, _metadata(config, model_identity), config.inline)
+            stage.note(f"{sum(f.stat().st_size for f in folder.iterdir()) / 1e6:,.0f} MB")
+        with progress.stage("bundle"):
+            tokenizer.save_pretrained(folder)  # type: ignore[union-attr]
+            loaded.config.save_pretrained(folder)
+            if statistics is not None:
+                statistics_file.save(statistics, folder / STATISTICS)
+            if initial:
+                save_file(initial, folder / STATE)
+            report = replace(report, nodes=_node_counts(graph))
+            write_manifest(folder, _manifest(loaded, tokenizer, config, model_identity, sizes, report))
+    return report
+
+
+def _statistics(
+    config: CompileConfig, model: dict[str, str | int], matched: Matched, weights_known: bool
+) -> Statistics | None:
+    if config.stats is None:
+        return None
+    if not weights_known:
+        model = {k: v for k, v in model.items() if k != "weights_sha256"}
+    heads = [attention.query_heads for attention in matched.attentions]
+    return statistics_file.read(config.stats, model, [rope.form for rope in matched.ropes], heads)
+
+
+def _initial_state(config: CompileConfig, matched: Matched, statistics: Statistics | None) -> dict[str, np.ndarray]:
+    """Where online centres start: at the calibrated ones if statistics are given, else at zero."""
+    policy = config.eviction.policy
+    if policy.name != "triattention" or policy.centres != "online":
+        return {}
+    layers, first = len(matched.ropes), matched.attentions[0]
+    bands = common_form(matched.ropes).rotary_dim // 2
+    centre = np.zeros((layers, 1, first.query_heads, first.head_dim), np.float32)
+    magnitude = np.zeros((layers, 1, first.query_heads, bands), np.float32)
+    for index, layer in enumerate(statistics.layers if statistics else []):
+        centre[index, 0] = layer.q_mean
+        magnitude[index, 0, :, : layer.q_abs.shape[1]] = layer.q_abs
+    return {"centre": centre, "magnitude": magnitude}
+
+
+def _metadata(config: CompileConfig, model: dict[str, str | int]) -> dict[str, str]:
+    return {
+        "keysieve": __version__,
+        "architecture": str(model["architecture"]),
+        "eviction": json.dumps(asdict(config.eviction), sort_keys=True),
+    }
+
+
+def _node_counts(graph: Graph) -> dict[str, int]:
+    """How many of each plugin node the rewritten graph holds."""
+    counts = {}
+    for node in NODES:
+        operator = getattr(graph_ops(), node.name.removeprefix("KeySieve").lower()).default
+        counts[node.name] = len(graph.calls(operator))
+    return counts
+
+
+def graph_ops() -> Any:
+    """torch.ops.keysieve, imported late."""
+    import torch
+
+    return torch.ops.keysieve
+
+
+def _manifest(
+    model: Any,
+    tokenizer: Any,
+    config: CompileConfig,
+    model_identity: dict[str, str | int],
+    sizes: dict[str, Any],
+    report: Report,
+) -> dict[str, Any]:
+    eviction = config.eviction
+    text_config = model.config.get_text_config()
+    return {
+        "keysieve": __version__,
+        "target": "onnxruntime",
+        "model": model_identity,
+        "sizes": sizes,
+        "dtype": config.dtype,
+        "inlined": config.inline,
+        "vocab_size": int(text_config.vocab_size),
+        "position_limit": getattr(text_config, "max_position_embeddings", None),
+        "stop_tokens": _stop_tokens(model, tokenizer),
+        "eviction": asdict(eviction),
+        "layers": [asdict(layer) for layer in report.layers],
+        "nodes": report.nodes,
+        "state": {"plan": list(plan_shape(eviction.scope, sizes["layers"], None, sizes["kv_heads"], None))},
+        "versions": {name: version(name) for name in ("torch", "transformers", "onnx", "onnxruntime")},
+    }
+
+
+def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """End tokens of the generation config, the model config and the tokenizer."""
+    found: set[int] = set()
+    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
+        tokens = getattr(source, "eos_token_id", None)
+        if tokens is not None:
+            found.update([tokens] if isinstance(tokens, int) else tokens)
+    return sorted(found)
+
+
+def _dump(folder: Path, name: str, graph: Graph) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.txt").write_text(str(graph.fx), encoding="utf-8")
+    except OSError as error:
+        raise CaptureError(f"cannot write graphs to {folder}: {error.strerror}") from error

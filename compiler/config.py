@@ -1,0 +1,110 @@
+"""Typed options of calibration, compilation and generation; every check happens here, before any long work."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from keysieve.errors import ConfigError
+
+POLICIES = ("triattention", "streaming", "key-norm", "random")
+SCOPES = ("per_layer_per_head", "per_head", "union")
+CENTRES = ("calibrated", "online")
+PROMPTS = ("evictable", "pinned")
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def _choose(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"unknown {name} {value!r}; choose one of {', '.join(allowed)}")
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """How a key's importance is scored.
+
+    centres: "calibrated" takes the query centres from a statistics file, "online" keeps them as run-time state.
+    aggregation over the future offsets 1, 2, 4, ..., offset_max; trig and norm switch the two terms of the score.
+    """
+
+    name: str = "triattention"
+    centres: str = "calibrated"
+    aggregation: str = "mean"
+    offset_max: int = 4096
+    trig: bool = True
+    norm: bool = True
+
+    def __post_init__(self) -> None:
+        _choose("policy", self.name, POLICIES)
+        _choose("centres", self.centres, CENTRES)
+        _choose("aggregation", self.aggregation, ("mean", "max"))
+        if self.offset_max < 1 or self.offset_max & (self.offset_max - 1):
+            raise ConfigError(f"offset_max {self.offset_max} must be a power of two, such as 4096")
+        if not (self.trig or self.norm):
+            raise ConfigError("trig and norm are both off, so nothing is left to score; turn one on")
+
+    @property
+    def offsets(self) -> list[int]:
+        return [1 << n for n in range(self.offset_max.bit_length())]
+
+    @property
+    def needs_statistics(self) -> bool:
+        return self.name == "triattention" and self.centres == "calibrated"
+
+
+@dataclass(frozen=True)
+class EvictionConfig:
+    """What is kept. budget counts every row held after an eviction: sinks, recent and pinned rows included."""
+
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    budget: int = 2048
+    interval: int = 128
+    sinks: int = 4
+    recent: int = 128
+    scope: str = "per_layer_per_head"
+    prompt: str = "evictable"
+
+    def __post_init__(self) -> None:
+        _choose("scope", self.scope, SCOPES)
+        _choose("prompt", self.prompt, PROMPTS)
+        for name, least in (("budget", 1), ("interval", 1), ("sinks", 0), ("recent", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        check_budget(self.budget, self.sinks, self.recent)
+
+
+def check_budget(budget: int, sinks: int, recent: int) -> None:
+    """Raise ConfigError unless the budget leaves room for rows that are chosen by score."""
+    if budget <= sinks + recent:
+        raise ConfigError(
+            f"budget {budget} leaves no row to choose: sinks {sinks} + recent {recent} are always kept; "
+            f"raise the budget above {sinks + recent} or lower sinks and recent"
+        )
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """Everything `keysieve compile` needs besides the model and the output folder."""
+
+    eviction: EvictionConfig = field(default_factory=EvictionConfig)
+    dtype: str = "float32"
+    stats: Path | None = None
+    inline: bool = False
+    dump_graphs: Path | None = None
+
+    def __post_init__(self) -> None:
+        _choose("dtype", self.dtype, DTYPES)
+        policy = self.eviction.policy
+        if policy.needs_statistics and self.stats is None:
+            raise ConfigError(
+                "policy triattention with calibrated centres needs a statistics file: give --stats FILE "
+                "(made by `keysieve calibrate MODEL -o FILE`), or use --centres online"
+            )
+        if self.stats is not None and policy.name != "triattention":
+            raise ConfigError(f"policy {policy.name} uses no statistics; leave --stats out")
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A JSON-ready dict of a config dataclass."""
+    from dataclasses import asdict
+
+    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}

@@ -1,0 +1,332 @@
+"""The embedded engine: a bundle on ONNX Runtime's CPU, with generation in bounded memory."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from safetensors.numpy import load_file
+
+from keysieve.compiler.bundle import STATE, Bundle, open_bundle
+from keysieve.compiler.sampling import Sampler, Sampling
+from keysieve.compiler.session import NUMPY_DTYPES, Counters, Session
+from keysieve.errors import BundleError, EngineError
+
+Prompt = str | Sequence[int]
+
+
+@dataclass
+class Generation:
+    """One finished sequence: its new tokens, their text, and why it stopped ("stop" or "length")."""
+
+    text: str
+    tokens: list[int]
+    reason: str
+
+
+@dataclass
+class Step:
+    """What a stream yields: the new token of every sequence (None where it has ended) and its text."""
+
+    tokens: list[int | None]
+    texts: list[str]
+
+
+@dataclass
+class Timing:
+    """Seconds and tokens of the last request, prompt and generation apart."""
+
+    prompt_tokens: int = 0
+    prompt_seconds: float = 0.0
+    new_tokens: int = 0
+    decode_seconds: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass
+class _Sequence:
+    """One sequence of a running request."""
+
+    prompt: list[int]
+    pinned: int
+    tokens: list[int] = field(default_factory=list)
+    reason: str | None = None
+    context: int = 0  # tokens before this one are no longer needed to decode new text
+    shown: int = 0  # tokens whose text a stream has yielded
+
+
+class Engine:
+    """A loaded bundle. `generate` and `stream` serve requests; `session` gives the bare step loop."""
+
+    def __init__(self, bundle: Bundle, threads: int | None = None):
+        self.bundle = bundle
+        self.manifest = bundle.manifest
+        if self.manifest["dtype"] not in NUMPY_DTYPES:
+            raise EngineError(
+                f"{bundle.path}: ONNX Runtime on a CPU has no kernels for {self.manifest['dtype']}; "
+                "compile with --dtype float32 or float16 to run here"
+            )
+        self.tokenizer = _load_tokenizer(bundle.path)
+        self._runtime = _open_runtime(bundle, threads)
+        state_file = bundle.path / STATE
+        self._initial = load_file(state_file) if state_file.is_file() else {}
+        self.counters: Counters | None = None
+        self.timing = Timing()
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+    def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[Generation]:
+        """Generate for one prompt or a batch of unequal ones; see `stream` for the options. Always returns a list."""
+        sequences, steps = self._start(prompts, **options)
+        for _ in steps:
+            pass
+        return [
+            Generation(self._text(sequence.tokens), sequence.tokens, sequence.reason or "length")
+            for sequence in sequences
+        ]
+
+    def stream(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> Iterator[Step]:
+        """Yield one Step a generated token.
+
+        prompts: text, or token ids, or a list of either. Options: max_new_tokens=128; temperature=0, top_p=1, top_k=0,
+        seed=None; stop_tokens=None (the model's own end tokens; [] never stops); chat=False wraps text prompts in the
+        model's chat template; budget=None (the bundle's; one number or one a sequence); prompt=None ("evictable" or
+        "pinned", the bundle's by default); chunk=None (prompt tokens a step); capacity=None (rows allocated);
+        dense=False (never evict); ignore_position_limit=False.
+        Raises EngineError, before any work, for a request that cannot be served.
+        """
+        return self._start(prompts, **options)[1]
+
+    def session(
+        self,
+        batch: int = 1,
+        budget: int | Sequence[int] | None = None,
+        capacity: int | None = None,
+        dense: bool = False,
+        pinned: Sequence[int] | None = None,
+    ) -> Session:
+        """The step loop without tokenizer and sampling. dense: never evict (capacity is then required)."""
+        eviction = self.manifest["eviction"]
+        if dense and capacity is None:
+            raise EngineError("a dense session needs a capacity: the number of tokens it will hold")
+        wanted: int | Sequence[int] | None = None if dense else eviction["budget"] if budget is None else budget
+        if capacity is None:
+            capacity = int(np.max(np.asarray(wanted))) + int(eviction["interval"])
+        return Session(self._runtime, self.manifest, batch, capacity, wanted, pinned, self._initial)
+
+    # -- the request loop --------------------------------------------------------------------------------------------
+    def _start(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        stop_tokens: Sequence[int] | None = None,
+        chat: bool = False,
+        budget: int | Sequence[int] | None = None,
+        prompt: str | None = None,
+        chunk: int | None = None,
+        capacity: int | None = None,
+        dense: bool = False,
+        ignore_position_limit: bool = False,
+    ) -> tuple[list[_Sequence], Iterator[Step]]:
+        eviction = self.manifest["eviction"]
+        ids = self._tokenize(prompts, chat)
+        if max_new_tokens < 1:
+            raise EngineError(f"max_new_tokens is {max_new_tokens}; at least one token must be asked for")
+        total = max(len(tokens) for tokens in ids) + max_new_tokens
+        self._check_positions(total, ignore_position_limit)
+        prompt_mode = prompt or eviction["prompt"]
+        if prompt_mode not in ("evictable", "pinned"):
+            raise EngineError(f"unknown prompt mode {prompt_mode!r}; choose evictable or pinned")
+        sequences = [_Sequence(tokens, len(tokens) if prompt_mode == "pinned" else 0) for tokens in ids]
+        budgets = np.broadcast_to(np.asarray(eviction["budget"] if budget is None else budget), (len(ids),))
+        if not dense:
+            self._check_pinned(sequences, budgets)
+        interval, most = int(eviction["interval"]), int(budgets.max())
+        chunk = min(chunk or interval, total)
+        needed = total if dense else min(total, most + max(interval, chunk))
+        capacity = needed if capacity is None else capacity
+        if capacity < needed:
+            raise EngineError(
+                f"capacity {capacity} is too small: "
+                + (
+                    f"{total} tokens without eviction need as many rows"
+                    if dense
+                    else f"a budget of {most} rows with chunks of {chunk} tokens and interval {interval} needs "
+                    f"{needed}; use a larger capacity, or a smaller budget or chunk"
+                )
+            )
+        session = Session(
+            self._runtime,
+            self.manifest,
+            len(ids),
+            capacity,
+            None if dense else budgets.tolist(),
+            [sequence.pinned for sequence in sequences],
+            self._initial,
+        )
+        sampler = Sampler(Sampling(temperature, top_p, top_k, seed), len(ids))
+        stops = set(self.manifest.get("stop_tokens", []) if stop_tokens is None else stop_tokens)
+        return sequences, self._run(session, sequences, sampler, stops, max_new_tokens, chunk)
+
+    def _run(
+        self,
+        session: Session,
+        sequences: list[_Sequence],
+        sampler: Sampler,
+        stops: set[int],
+        max_new_tokens: int,
+        chunk: int,
+    ) -> Iterator[Step]:
+        started = time.perf_counter()
+        logits = prefill(session, [sequence.prompt for sequence in sequences], chunk)
+        timing = self.timing = Timing(sum(len(s.prompt) for s in sequences), time.perf_counter() - started)
+        index = np.zeros((len(sequences), 1), np.int64)
+        started = time.perf_counter()
+        for _ in range(max_new_tokens):
+            drawn = sampler(logits)
+            new: list[int | None] = []
+            for sequence, token in zip(sequences, drawn, strict=True):
+                if sequence.reason is not None:
+                    new.append(None)
+                    continue
+                timing.new_tokens += 1
+                new.append(token)
+                if token in stops:
+                    sequence.reason = "stop"
+                else:
+                    sequence.tokens.append(token)
+                    if len(sequence.tokens) == max_new_tokens:
+                        sequence.reason = "length"
+            self.counters = session.counters
+            timing.decode_seconds = time.perf_counter() - started
+            yield Step(new, [self._new_text(sequence) for sequence in sequences])
+            if all(sequence.reason is not None for sequence in sequences):
+                break
+            going = np.array([sequence.reason is None for sequence in sequences])
+            tokens = np.where(going, drawn, 0)[:, None]
+            logits = session.step(tokens, going.astype(np.int32), index)[:, 0]
+        self.counters = session.counters
+
+    def _tokenize(self, prompts: Prompt | Sequence[Prompt], chat: bool) -> list[list[int]]:
+        if not len(prompts):
+            raise EngineError("the prompt is empty; give at least one token")
+        single = isinstance(prompts, str) or isinstance(prompts[0], (int, np.integer))
+        result = []
+        for prompt in [prompts] if single else prompts:
+            if isinstance(prompt, str):
+                prompt = self._encode(prompt, chat)
+            ids = [int(token) for token in prompt]  # type: ignore[union-attr,arg-type]
+            if not ids:
+                raise EngineError("a prompt is empty; give at least one token")
+            bad = [token for token in ids if not 0 <= token < self.manifest["vocab_size"]]
+            if bad:
+                raise EngineError(f"token {bad[0]} is outside the model's vocabulary of {self.manifest['vocab_size']}")
+            result.append(ids)
+        return result
+
+    def _encode(self, text: str, chat: bool) -> list[int]:
+        if self.tokenizer is None:
+            raise EngineError(f"{self.bundle.path} has no tokenizer; give token ids instead of text")
+        if not chat:
+            return list(self.tokenizer(text)["input_ids"])
+        if not self.tokenizer.chat_template:
+            raise EngineError(f"{self.bundle.path}: the model's tokenizer has no chat template; leave chat out")
+        message = [{"role": "user", "content": text}]
+        rendered = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+    def _check_positions(self, total: int, ignore: bool) -> None:
+        limit = self.manifest.get("position_limit")
+        if limit and total > limit and not ignore:
+            raise EngineError(
+                f"prompt and new tokens make {total} positions, the model was made for {limit}; "
+                "ask for fewer tokens, or pass ignore_position_limit (quality is then not known)"
+            )
+
+    def _check_pinned(self, sequences: list[_Sequence], budgets: np.ndarray) -> None:
+        recent = int(self.manifest["eviction"]["recent"])
+        for sequence, budget in zip(sequences, budgets, strict=True):
+            if sequence.pinned and sequence.pinned + recent >= budget:
+                raise EngineError(
+                    f"a pinned prompt of {sequence.pinned} tokens and {recent} recent rows do not fit a budget of "
+                    f"{budget} rows; raise the budget above {sequence.pinned + recent}, or make the prompt evictable"
+                )
+
+    # -- text --------------------------------------------------------------------------------------------------------
+    def _text(self, tokens: list[int]) -> str:
+        if self.tokenizer is None:
+            return ""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _new_text(self, sequence: _Sequence) -> str:
+        """Text that the newest tokens complete; a character whose bytes are not all there yet waits.
+
+        Tokens are decoded together with those shown last, since a token's text can depend on what precedes it.
+        """
+        before = self._text(sequence.tokens[sequence.context : sequence.shown])
+        text = self._text(sequence.tokens[sequence.context :])
+        if text.endswith("\ufffd") and sequence.reason is None:
+            return ""
+        sequence.context, sequence.shown = sequence.shown, len(sequence.tokens)
+        return text[len(before) :]
+
+
+def prefill(session: Session, prompts: Sequence[Sequence[int]], chunk: int) -> np.ndarray:
+    """Feed prompts of unequal lengths in chunks; returns the logits [B,V] after each one's last token.
+
+    Prompts are aligned at their ends: the longest starts, each has at most one partial chunk (its first), and all end
+    in the same step. A sequence that has not started yet takes part with count 0.
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    first = (longest - 1) % chunk + 1
+    ends = list(range(first, longest + 1, chunk))
+    logits, begin = None, 0
+    for end, following in zip(ends, [*ends[1:], ends[-1] + 1], strict=True):
+        size = end - begin
+        tokens = np.zeros((len(prompts), size), np.int64)
+        count = np.zeros(len(prompts), np.int32)
+        for row, prompt in enumerate(prompts):
+            part = prompt[max(0, begin - longest + len(prompt)) : max(0, end - longest + len(prompt))]
+            count[row] = len(part)
+            tokens[row, : len(part)] = part
+        logits = session.step(tokens, count, np.maximum(count - 1, 0)[:, None], following - end)
+        begin = end
+    return logits[:, 0]  # type: ignore[index]
+
+
+def load(path: Path | str, threads: int | None = None) -> Engine:
+    """Open a bundle for generation. threads: intra-op threads of ONNX Runtime (default: all cores).
+
+    Raises BundleError for a damaged bundle or one of another version.
+    """
+    return Engine(open_bundle(path), threads)
+
+
+def _open_runtime(bundle: Bundle, threads: int | None) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    if threads is not None:
+        if threads < 1:
+            raise EngineError(f"threads is {threads}; it must be at least 1")
+        options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(str(bundle.model), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's own exceptions share no public base
+        raise BundleError(f"{bundle.model}: ONNX Runtime cannot load it: {error}") from error
+
+
+def _load_tokenizer(path: Path) -> Any:
+    if not (path / "tokenizer_config.json").is_file():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(path))

@@ -1,0 +1,101 @@
+"""inspect: what matches in a model, or what a bundle holds, without loading any weights."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from keysieve.compiler.bundle import MANIFEST, open_bundle
+from keysieve.compiler.config import EvictionConfig
+from keysieve.compiler.model import load_skeleton
+from keysieve.compiler.pipeline import Matched, find
+from keysieve.compiler.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One attention layer: kind "full", "sliding" or "unsupported", its RoPE form, and why it did not match."""
+
+    layer: int
+    kind: str
+    rope_form: str | None
+    matched: bool
+    reason: str | None
+    node: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `inspect` prints. Bytes count K and V of all layers."""
+
+    architecture: str
+    layers: list[LayerReport]
+    kv_bytes_per_token: int
+    budget: int
+    kv_bytes_for_budget: int
+    dtype: str
+    nodes: dict[str, int] = field(default_factory=dict)
+    eviction: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dict."""
+        return asdict(self)
+
+
+def inspect(
+    source: str | Path,
+    eviction: EvictionConfig | None = None,
+    dtype: str = "float32",
+    progress: Progress | None = None,
+) -> Report:
+    """Report on a bundle folder, or capture and match a model (its configuration is enough: no weights are read)."""
+    if (Path(source) / MANIFEST).is_file():
+        return _bundle_report(Path(source))
+    progress = progress or Progress()
+    model = load_skeleton(source, dtype)
+    return report_of(model, find(model, progress), eviction or _default_eviction(), dtype)
+
+
+def report_of(model: "PreTrainedModel", matched: Matched, eviction: EvictionConfig, dtype: str) -> Report:
+    """The report on a captured model."""
+    ropes = {rope.attention.layer: rope for rope in matched.ropes}
+    misses = {miss.layer: miss for miss in matched.misses}
+    attentions = {attention.layer: attention for attention in matched.attentions}
+    layers = []
+    for index in range(matched.layers):
+        rope, miss = ropes.get(index), misses.get(index)
+        if rope is not None:
+            layers.append(LayerReport(index, "full", str(rope.form), True, None, rope.attention.node.name))
+        elif miss is not None:
+            kind = "sliding" if "sliding window" in miss.reason else "unsupported"
+            layers.append(LayerReport(index, kind, None, False, miss.reason, miss.node))
+    item = ITEM_BYTES[dtype]
+    per_token = sum(a.kv_heads * (a.head_dim + a.value_dim) * item for a in attentions.values())
+    architecture = (model.config.architectures or [type(model).__name__])[0]
+    rows = eviction.budget + eviction.interval
+    return Report(architecture, layers, per_token, eviction.budget, per_token * rows, dtype, {}, asdict(eviction))
+
+
+def _bundle_report(path: Path) -> Report:
+    manifest = open_bundle(path).manifest
+    sizes, eviction = manifest["sizes"], manifest["eviction"]
+    item = ITEM_BYTES[manifest["dtype"]]
+    per_token = sizes["layers"] * sizes["kv_heads"] * (sizes["head_dim"] + sizes["value_dim"]) * item
+    return Report(
+        manifest["model"]["architecture"],
+        [LayerReport(**layer) for layer in manifest["layers"]],
+        per_token,
+        eviction["budget"],
+        per_token * (eviction["budget"] + eviction["interval"]),
+        manifest["dtype"],
+        manifest["nodes"],
+        eviction,
+    )
+
+
+def _default_eviction() -> EvictionConfig:
+    return EvictionConfig()

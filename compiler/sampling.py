@@ -1,0 +1,54 @@
+"""Choosing the next token from logits: greedy, or temperature with top-k and top-p."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from keysieve.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy; top_k 0 and top_p 1 keep every token; the same seed gives the same tokens."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ConfigError(f"temperature {self.temperature} is negative; 0 is greedy")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p {self.top_p} must lie in (0, 1]")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k {self.top_k} is negative; 0 keeps every token")
+
+
+class Sampler:
+    """Draws tokens for a batch; every sequence has its own random stream, so a batch draws what solo runs draw."""
+
+    def __init__(self, sampling: Sampling, batch: int):
+        self._sampling = sampling
+        self._streams = [np.random.default_rng(sampling.seed) for _ in range(batch)]
+
+    def __call__(self, logits: np.ndarray) -> list[int]:
+        """logits [B,V] -> one token a sequence."""
+        if self._sampling.temperature == 0:
+            return [int(token) for token in logits.argmax(-1)]
+        return [self._draw(row, stream) for row, stream in zip(logits, self._streams, strict=True)]
+
+    def _draw(self, logits: np.ndarray, stream: np.random.Generator) -> int:
+        options = self._sampling
+        scaled = logits.astype(np.float64) / options.temperature
+        candidates = np.arange(len(scaled))
+        if options.top_k and options.top_k < len(scaled):
+            candidates = np.argpartition(scaled, -options.top_k)[-options.top_k :]
+        chances = np.exp(scaled[candidates] - scaled[candidates].max())
+        chances /= chances.sum()
+        if options.top_p < 1:
+            order = np.argsort(-chances)
+            # keep the smallest set whose mass reaches top_p: its last member is the first to reach it
+            kept = order[: int(np.searchsorted(np.cumsum(chances[order]), options.top_p)) + 1]
+            candidates, chances = candidates[kept], chances[kept] / chances[kept].sum()
+        return int(stream.choice(candidates, p=chances))

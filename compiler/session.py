@@ -1,0 +1,180 @@
+"""A session: the state of one batch of sequences on a loaded engine, and the step that advances it.
+
+The engine itself decides when and what to evict. A session only feeds tokens, binds each cache's input and output to
+one buffer (so nothing grows and nothing is copied), and carries the plan of one step into the next.
+"""
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from keysieve.errors import EngineError
+
+NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16}
+
+
+@dataclass
+class Counters:
+    """What a session has done. Rows are per sequence, and the same in every layer and KV head.
+
+    kv_bytes: allocated bytes of all caches; rounds: evictions executed or planned, summed over sequences.
+    """
+
+    batch: int
+    layers: int
+    capacity: int
+    kv_bytes: int
+    tokens: list[int] = field(default_factory=list)
+    rows_held: list[int] = field(default_factory=list)
+    rows_evicted: list[int] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)
+
+
+class Session:
+    """State of `batch` sequences: caches of `capacity` rows, lengths, positions and the pending plan.
+
+    budget: rows kept by an eviction, one for all or one a sequence; None never evicts (the dense engine).
+    pinned: rows from the start that are never evicted, one a sequence (a pinned prompt).
+    """
+
+    def __init__(
+        self,
+        runtime: ort.InferenceSession,
+        manifest: dict[str, Any],
+        batch: int,
+        capacity: int,
+        budget: int | Sequence[int] | None,
+        pinned: Sequence[int] | None = None,
+        initial: dict[str, np.ndarray] | None = None,
+    ):
+        self._runtime = runtime
+        self.batch, self.capacity = batch, capacity
+        self.dense = budget is None
+        sizes, eviction = manifest["sizes"], manifest["eviction"]
+        self._interval = int(eviction["interval"])
+        self._budget = np.broadcast_to(np.asarray(capacity if budget is None else budget, np.int32), (batch,)).copy()
+        self._check_room(eviction)
+        layers, heads = sizes["layers"], sizes["kv_heads"]
+        dtype = NUMPY_DTYPES[manifest["dtype"]]
+        self._caches: dict[str, ort.OrtValue] = {}
+        for layer in range(layers):
+            for name, width in (("key", sizes["head_dim"]), ("value", sizes["value_dim"])):
+                rows = np.zeros((batch, heads, capacity, width), dtype)
+                self._caches[f"{name}_{layer}"] = ort.OrtValue.ortvalue_from_numpy(rows)
+        kv_bytes = sum(int(np.prod(c.shape())) for c in self._caches.values()) * np.dtype(dtype).itemsize
+        plan_shape = [batch if size is None else size for size in manifest["state"]["plan"]]
+        start = {
+            "length": np.zeros(batch, np.int32),
+            "plan": np.zeros([*plan_shape[:-1], capacity], np.int32),
+            "keep": np.full(batch, -1, np.int32),
+        }
+        for name, value in (initial or {}).items():  # [L, 1, ...] -> [L, B, ...]
+            start[name] = np.ascontiguousarray(np.repeat(value.astype(np.float32), batch, axis=1))
+        # State that is not updated in place alternates between two buffers.
+        self._now = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in start.items()}
+        self._next = {name: ort.OrtValue.ortvalue_from_numpy(np.zeros_like(value)) for name, value in start.items()}
+        self._evicted = ort.OrtValue.ortvalue_from_numpy(np.zeros(batch, np.int32))
+        self._pinned = np.zeros(batch, np.int32) if pinned is None else np.asarray(pinned, np.int32)
+        self.position = np.zeros(batch, np.int64)
+        self._tokens = np.zeros(batch, np.int64)
+        self._rounds = np.zeros(batch, np.int64)
+        self._total_evicted = np.zeros(batch, np.int64)
+        self._layers, self._kv_bytes = layers, kv_bytes
+        self._vocab_size = int(manifest["vocab_size"])
+        self._logits: ort.OrtValue | None = None
+        self._binding = runtime.io_binding()
+        for name, cache in self._caches.items():
+            self._binding.bind_ortvalue_input(name, cache)
+            self._binding.bind_ortvalue_output(f"{name}_next", cache)
+        self._binding.bind_ortvalue_output("evicted", self._evicted)
+        self._binding.bind_cpu_input("budget", self._budget)
+        self._binding.bind_cpu_input("pinned", self._pinned)
+
+    def _check_room(self, eviction: dict[str, Any]) -> None:
+        protected = eviction["sinks"] + eviction["recent"]
+        if self.dense:
+            return
+        if (self._budget <= protected).any():
+            raise EngineError(
+                f"budget {int(self._budget.min())} leaves no row to choose: the engine always keeps "
+                f"{eviction['sinks']} sinks and {eviction['recent']} recent rows; give a budget above {protected}"
+            )
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Rows held [B] once the pending plan is executed."""
+        keep, length = self._now["keep"].numpy(), self._now["length"].numpy()
+        return np.where(keep >= 0, keep, length)
+
+    @property
+    def counters(self) -> Counters:
+        """A snapshot of the counters; planned evictions count as done."""
+        return Counters(
+            self.batch,
+            self._layers,
+            self.capacity,
+            self._kv_bytes,
+            self._tokens.tolist(),
+            self.rows.tolist(),
+            self._total_evicted.tolist(),
+            self._rounds.tolist(),
+        )
+
+    def step(self, input_ids: np.ndarray, count: np.ndarray, logits_at: np.ndarray, next_tokens: int = 1) -> np.ndarray:
+        """Feed up to S tokens a sequence and return logits [B,N,V] float32.
+
+        The returned array is overwritten by the next step with the same N.
+        input_ids [B,S] int64, right-padded; count [B]: valid tokens of each; logits_at [B,N] int64: token indices whose
+        logits are wanted; next_tokens: S of the step after this one, for which room is made.
+        """
+        start = self.rows
+        tokens = input_ids.shape[1]
+        if (start + tokens > self.capacity).any():
+            raise EngineError(
+                f"a step of {tokens} tokens does not fit: {int(start.max())} rows are held and the capacity is "
+                f"{self.capacity}; feed at most {self.capacity - int(start.max())} tokens a step"
+            )
+        count = np.asarray(count, np.int32)
+        length = start + count
+        limit = np.full(self.batch, self.capacity + 1, np.int32)
+        if not self.dense:
+            limit = np.minimum(self._budget + self._interval, self.capacity + 1)
+            crowded = (length + next_tokens > self.capacity) & (length > self._budget)
+            limit = np.where(crowded, np.minimum(limit, length), limit).astype(np.int32)
+        binding = self._binding
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(input_ids, np.int64))
+        binding.bind_cpu_input("logits_at", np.ascontiguousarray(logits_at, np.int64))
+        binding.bind_cpu_input("count", count)
+        binding.bind_cpu_input("position", self.position)
+        binding.bind_cpu_input("limit", limit)
+        for name in self._now:
+            binding.bind_ortvalue_input(name, self._now[name])
+            binding.bind_ortvalue_output(f"{name}_next", self._next[name])
+        logits = self._logits_buffer(logits_at.shape[1])
+        binding.bind_ortvalue_output("logits", logits)
+        self._runtime.run_with_iobinding(binding)
+        self._now, self._next = self._next, self._now
+        evicted = self._evicted.numpy()
+        self.position = self.position + count
+        self._tokens += count
+        self._total_evicted += evicted
+        self._rounds += evicted > 0
+        return np.asarray(logits.numpy())
+
+    def _logits_buffer(self, wanted: int) -> ort.OrtValue:
+        """[B,N,V] float32, kept from step to step while N stays the same."""
+        shape = [self.batch, wanted, self._vocab_size]
+        if self._logits is None or self._logits.shape() != shape:
+            self._logits = ort.OrtValue.ortvalue_from_numpy(np.empty(shape, np.float32))
+        return self._logits
+
+    def close(self) -> None:
+        """Release the buffers."""
+        self._caches.clear()
+        self._binding.clear_binding_inputs()
+        self._binding.clear_binding_outputs()
+        gc.collect()

@@ -1,0 +1,1 @@
+"""Exporters: a rewritten graph in, files of one target format out."""

@@ -1,0 +1,238 @@
+"""export to ONNX: one file for prefill and decode, opset 24, with the plugin nodes and their function bodies."""
+
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from onnx import FunctionProto
+from onnxscript import values
+from onnxscript.onnx_opset import opset24 as op
+
+import keysieve.plugins.torch_ops  # noqa: F401  (registers torch.ops.keysieve)
+from keysieve.errors import ExportError
+from keysieve.passes.graph import Graph
+from keysieve.plugins.contract import DOMAIN, NAMESPACE, NODES, SCORE, SELECT, UPDATE, PluginNode
+from keysieve.plugins.onnx.body import OPSET
+from keysieve.plugins.onnx.functions import score_function, select_function, update_function
+
+TENSOR_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(int32)", "tensor(int64)"]
+DIMENSIONS = {"input_ids": ("batch", "tokens"), "logits_at": ("batch", "wanted"), "key_0": ("batch", None, "capacity")}
+
+
+def export_onnx(graph: Graph, path: Path, metadata: dict[str, str], inline: bool = False) -> None:
+    """Write the rewritten graph to `path` with its weights beside it in `<path>.data`.
+
+    inline: put the function bodies in place of the plugin nodes, for runtimes that know no model-local functions.
+    Raises ExportError where a node has no ONNX form, or the file does not pass onnx.checker.
+    """
+    functions = _functions(graph)
+    program = graph.program()
+    layers = sum(name.startswith("key_") for name in graph.inputs)
+    model = _translate(program, list(graph.inputs), list(graph.outputs), _translations(layers))
+    _simplify(model)
+    _name_dimensions(model)
+    model.metadata_props.update(metadata)
+    model.producer_name = "keysieve"
+    for function in functions:
+        proto = ir.serde.deserialize_function(function)
+        model.functions[proto.identifier()] = proto
+    model.opset_imports[DOMAIN] = 1
+    if inline:
+        _inline(model)
+    data = f"{path.name}.data"
+    ir.save(model, path, external_data=data)
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"{path}: the exported graph fails onnx.checker: {error}") from error
+
+
+def _functions(graph: Graph) -> list[FunctionProto]:
+    """Bodies made from the arguments of the graph's own nodes."""
+    ops = torch.ops.keysieve
+    score, select = graph.calls(ops.score.default)[0], graph.calls(ops.select.default)[0]
+    centre, keys = score.args[3], score.args[5]
+    policy, query_heads, rotary_dim, interleaved = score.args[6:]
+    scope, kv_heads, sinks, recent = select.args[5:]
+    layers = len(keys)  # type: ignore[arg-type]
+    rows = int(graph.shape(centre)[3])  # type: ignore[arg-type]
+    return [
+        update_function(),
+        score_function(layers, query_heads, kv_heads, policy, rotary_dim, bool(interleaved), rows),  # type: ignore[arg-type]
+        select_function(layers, kv_heads, scope, sinks, recent),  # type: ignore[arg-type]
+    ]
+
+
+# -- translation -----------------------------------------------------------------------------------------------------
+
+
+def _translate(
+    program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], table: dict[Any, Any]
+) -> ir.Model:
+    try:
+        with _quiet():
+            onnx_program = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=inputs,
+                output_names=outputs,
+                custom_translation_table=table,
+                optimize=False,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ExportError(f"a node of the graph has no ONNX form: {cause}") from error
+    if onnx_program is None:
+        raise ExportError("torch.onnx.export returned nothing")
+    return onnx_program.model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's own progress and its warnings about packages nobody needs here off the terminal."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _translations(layers: int) -> dict[Callable[..., Any], Callable[..., Any]]:
+    update, score, select = (_plugin_op(node, layers) for node in (UPDATE, SCORE, SELECT))
+    common = {"plugin_namespace": NAMESPACE}
+
+    def attend(query: Any, key: Any, value: Any, mask: Any, scale: float) -> Any:
+        return op.Attention(query, key, value, mask, scale=scale)[0]
+
+    def keysieve_update(
+        key_new: Any, value_new: Any, length: Any, plan: Any, keep: Any, key: Any, value: Any, layer: int
+    ) -> Any:
+        return update(
+            key_new, value_new, length, plan, keep, key, value, layer=layer, plugin_version=UPDATE.version, **common
+        )
+
+    def keysieve_score(
+        length: Any,
+        limit: Any,
+        position: Any,
+        centre: Any,
+        weight: Any,
+        keys: Sequence[Any],
+        policy: str,
+        query_heads: int,
+        rotary_dim: int,
+        interleaved: int,
+    ) -> Any:
+        return score(
+            length, limit, position, centre, weight, *keys,
+            policy=policy, query_heads=query_heads, rotary_dim=rotary_dim, interleaved=interleaved,
+            plugin_version=SCORE.version, **common,
+        )  # fmt: skip
+
+    def keysieve_select(
+        scores: Any,
+        length: Any,
+        limit: Any,
+        budget: Any,
+        pinned: Any,
+        scope: str,
+        kv_heads: int,
+        sinks: int,
+        recent: int,
+    ) -> Any:
+        return select(
+            scores, length, limit, budget, pinned,
+            scope=scope, kv_heads=kv_heads, sinks=sinks, recent=recent, plugin_version=SELECT.version, **common,
+        )  # fmt: skip
+
+    ops = torch.ops.keysieve
+    return {
+        ops.attend.default: attend,
+        ops.update.default: keysieve_update,
+        ops.score.default: keysieve_score,
+        ops.select.default: keysieve_select,
+    }
+
+
+def _plugin_op(node: PluginNode, layers: int) -> values.Op:
+    """The node as an operator onnxscript can call, from its description in the contract.
+
+    onnxscript takes a variadic last input for a repetition of all inputs, so it is written out for this model's layers.
+    """
+    schema = onnx.defs.OpSchema
+    names = [[f"{p.name}_{layer}" for layer in range(layers)] if p.variadic else [p.name] for p in node.inputs]
+    inputs = [schema.FormalParameter(name, f"T{name}") for group in names for name in group]
+    outputs = [schema.FormalParameter(p.name, f"T{p.name}") for p in node.outputs]
+    types = {int: schema.AttrType.INT, str: schema.AttrType.STRING}
+    attributes = {**node.attributes, "plugin_version": str, "plugin_namespace": str}
+    return values.Op(
+        values.Opset(DOMAIN, 1),
+        node.name,
+        schema(
+            node.name,
+            DOMAIN,
+            1,
+            inputs=inputs,
+            outputs=outputs,
+            type_constraints=[(parameter.type_str, TENSOR_TYPES, "") for parameter in (*inputs, *outputs)],
+            attributes=[schema.Attribute(name, types[kind]) for name, kind in attributes.items()],
+        ),
+    )
+
+
+# -- finishing -------------------------------------------------------------------------------------------------------
+
+
+def _simplify(model: ir.Model) -> None:
+    """Remove what the translation repeats: equal constants, equal subexpressions, identities, unused nodes."""
+    from onnx_ir.passes import common
+
+    for step in (
+        common.InlinePass(),
+        common.IdentityEliminationPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.DeduplicateInitializersPass(),
+    ):
+        step(model)
+
+
+def _name_dimensions(model: ir.Model) -> None:
+    """Rename torch's dimension symbols to batch, tokens, capacity and wanted."""
+    names: dict[str, str] = {}
+    for value in model.graph.inputs:
+        for size, name in zip(value.shape or (), DIMENSIONS.get(value.name or "", ()), strict=False):
+            if name and isinstance(size, ir.SymbolicDim) and size.value:
+                names[size.value] = name
+    everything = [*model.graph.inputs, *model.graph.outputs]
+    everything += [output for node in model.graph for output in node.outputs]
+    for value in everything:
+        if value.shape is None:
+            continue
+        sizes = [names.get(str(s.value), s.value) if isinstance(s, ir.SymbolicDim) else s for s in value.shape]
+        value.shape = ir.Shape(sizes)
+
+
+def _inline(model: ir.Model) -> None:
+    from onnx_ir.passes import common
+
+    common.InlinePass()(model)
+    del model.opset_imports[DOMAIN]
+
+
+__all__ = ["NODES", "export_onnx"]

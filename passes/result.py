@@ -1,0 +1,74 @@
+"""What every finding pass returns: matches, and misses with layer, node and reason."""
+
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from torch.fx import Node
+
+from keysieve.passes.rope_form import RopeForm
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Miss:
+    """One thing that did not match: where, and why."""
+
+    layer: int
+    node: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"layer {self.layer}, node {self.node}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention node: query [B,Hq,S,D], key and value [B,Hkv,S,D]; window and softcap are 0 when absent."""
+
+    layer: int
+    node: Node
+    query: Node
+    key: Node
+    value: Node
+    sinks: Node | None
+    scale: float
+    window: int
+    softcap: float
+
+    @property
+    def query_heads(self) -> int:
+        return int(self.query.meta["val"].shape[1])
+
+    @property
+    def kv_heads(self) -> int:
+        return int(self.key.meta["val"].shape[1])
+
+    @property
+    def head_dim(self) -> int:
+        return int(self.key.meta["val"].shape[3])
+
+    @property
+    def value_dim(self) -> int:
+        return int(self.value.meta["val"].shape[3])
+
+
+@dataclass(frozen=True)
+class RopeAttention:
+    """An attention whose rotary embedding was found and verified.
+
+    query_pre and key_pre are the tensors before RoPE (the attention's own inputs where form.kind is "nope").
+    """
+
+    attention: Attention
+    query_pre: Node
+    key_pre: Node
+    form: RopeForm
+
+
+@dataclass
+class Found(Generic[T]):
+    """The result of a finding pass."""
+
+    matches: list[T]
+    misses: list[Miss] = field(default_factory=list)

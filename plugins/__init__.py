@@ -1,0 +1,1 @@
+"""The contract of the three eviction ops and its carriers."""

@@ -1,0 +1,95 @@
+"""The one description of the three plugin nodes: torch ops, ONNX functions and native plugins follow it.
+
+Shapes: B batch, S new tokens, C capacity (rows allocated), L layers, Hq/Hkv heads, D head dim, R rotary dim,
+J offset rows (1 for the mean over offsets), Lp = 1 or L and Hp = 1 or Hkv (a plan shared by layers or heads).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+DOMAIN = "trt.plugins"
+NAMESPACE = ""
+SCOPES = ("per_layer_per_head", "per_head", "union")
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output: its shape, dtype ("cache" is the model's dtype) and, for an output, what it aliases."""
+
+    name: str
+    shape: str
+    dtype: str
+    alias: str | None = None
+    variadic: bool = False
+
+
+@dataclass(frozen=True)
+class PluginNode:
+    """One node of the contract. Changing inputs, attributes or meaning raises the version."""
+
+    name: str
+    version: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    attributes: dict[str, type]
+
+
+UPDATE = PluginNode(
+    "KeySieveUpdate",
+    "1",
+    inputs=(
+        Port("key_new", "B,Hkv,S,D", "cache"),
+        Port("value_new", "B,Hkv,S,Dv", "cache"),
+        Port("length", "B", "int32"),
+        Port("plan", "Lp,B,Hp,C", "int32"),
+        Port("keep", "B", "int32"),
+        Port("key", "B,Hkv,C,D", "cache"),
+        Port("value", "B,Hkv,C,Dv", "cache"),
+    ),
+    outputs=(
+        Port("key_out", "B,Hkv,C,D", "cache", alias="key"),
+        Port("value_out", "B,Hkv,C,Dv", "cache", alias="value"),
+    ),
+    attributes={"layer": int},
+)
+
+SCORE = PluginNode(
+    "KeySieveScore",
+    "1",
+    inputs=(
+        Port("length", "B", "int32"),
+        Port("limit", "B", "int32"),
+        Port("position", "B", "int64"),
+        Port("centre", "L,B,Hq,J,D", "float32"),
+        Port("weight", "L,B,Hq,R/2", "float32"),
+        Port("key", "B,Hkv,C,D", "cache", variadic=True),
+    ),
+    outputs=(Port("scores", "L,B,Hq,C", "float32"),),
+    attributes={"policy": str, "query_heads": int, "rotary_dim": int, "interleaved": int},
+)
+
+SELECT = PluginNode(
+    "KeySieveSelect",
+    "1",
+    inputs=(
+        Port("scores", "L,B,Hq,C", "float32"),
+        Port("length", "B", "int32"),
+        Port("limit", "B", "int32"),
+        Port("budget", "B", "int32"),
+        Port("pinned", "B", "int32"),
+    ),
+    outputs=(
+        Port("plan", "Lp,B,Hp,C", "int32"),
+        Port("keep", "B", "int32"),
+        Port("evicted", "B", "int32"),
+    ),
+    attributes={"scope": str, "kv_heads": int, "sinks": int, "recent": int},
+)
+
+NODES = (UPDATE, SCORE, SELECT)
+
+
+def plan_shape(scope: str, layers: Any, batch: Any, kv_heads: Any, capacity: Any) -> tuple[Any, Any, Any, Any]:
+    """Shape [Lp, B, Hp, C] of a plan in that scope."""
+    shared_layers, shared_heads = scope != "per_layer_per_head", scope == "union"
+    return (1 if shared_layers else layers, batch, 1 if shared_heads else kv_heads, capacity)

@@ -1,0 +1,1 @@
+"""The ONNX carrier: nodes, schemas and function bodies of the three eviction ops."""

@@ -1,0 +1,132 @@
+"""The contract as torch custom ops (`torch.ops.keysieve`): run by the reference kernels, traced by their fakes."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from keysieve.kernels import reference
+from keysieve.plugins.contract import plan_shape
+
+
+@custom_op("keysieve::attention", mutates_args=())
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    layer: int,
+) -> Tensor:
+    """Causal attention of one layer, as captured: query [B,Hq,S,D], key/value [B,Hkv,S,D] -> [B,Hq,S,Dv].
+
+    sinks [Hq]: logits of attention sinks; window: sliding window in tokens, 0 for none; softcap 0 for none.
+    """
+    if not (window or softcap or sinks is not None):
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=True
+        )
+    size = query.shape[2]
+    mask = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
+    if window:
+        mask = mask.triu(1 - window)
+    return reference.attend(query, key, value, mask[None, None], scale, softcap, sinks)
+
+
+@attention.register_fake
+def _(query, key, value, sinks, scale, window, softcap, layer):  # type: ignore[no-untyped-def]
+    return query.new_empty(*query.shape[:3], value.shape[3])
+
+
+@custom_op("keysieve::attend", mutates_args=())
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention over the cache: query [B,Hq,S,D], key/value [B,Hkv,C,D], mask [B,1,S,C] bool -> [B,Hq,S,Dv]."""
+    return reference.attend(query, key, value, mask, scale)
+
+
+@attend.register_fake
+def _(query, key, value, mask, scale):  # type: ignore[no-untyped-def]
+    return query.new_empty(*query.shape[:3], value.shape[3])
+
+
+@custom_op("keysieve::update", mutates_args=())
+def update(
+    key_new: Tensor,
+    value_new: Tensor,
+    length: Tensor,
+    plan: Tensor,
+    keep: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: int,
+) -> tuple[Tensor, Tensor]:
+    """See keysieve.kernels.reference.update."""
+    return reference.update(key_new, value_new, length, plan, keep, key, value, layer=layer)
+
+
+@update.register_fake
+def _(key_new, value_new, length, plan, keep, key, value, layer):  # type: ignore[no-untyped-def]
+    return torch.empty_like(key), torch.empty_like(value)
+
+
+@custom_op("keysieve::score", mutates_args=())
+def score(
+    length: Tensor,
+    limit: Tensor,
+    position: Tensor,
+    centre: Tensor,
+    weight: Tensor,
+    keys: Sequence[Tensor],
+    policy: str,
+    query_heads: int,
+    rotary_dim: int,
+    interleaved: int,
+) -> Tensor:
+    """See keysieve.kernels.reference.score."""
+    return reference.score(
+        length,
+        limit,
+        position,
+        centre,
+        weight,
+        keys,
+        policy=policy,
+        query_heads=query_heads,
+        rotary_dim=rotary_dim,
+        interleaved=interleaved,
+    )
+
+
+@score.register_fake
+def _(length, limit, position, centre, weight, keys, policy, query_heads, rotary_dim, interleaved):  # type: ignore[no-untyped-def]
+    batch, _, capacity, _ = keys[0].shape
+    return keys[0].new_empty(len(keys), batch, query_heads, capacity, dtype=torch.float32)
+
+
+@custom_op("keysieve::select", mutates_args=())
+def select(
+    scores: Tensor,
+    length: Tensor,
+    limit: Tensor,
+    budget: Tensor,
+    pinned: Tensor,
+    scope: str,
+    kv_heads: int,
+    sinks: int,
+    recent: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See keysieve.kernels.reference.select."""
+    return reference.select(
+        scores, length, limit, budget, pinned, scope=scope, kv_heads=kv_heads, sinks=sinks, recent=recent
+    )
+
+
+@select.register_fake
+def _(scores, length, limit, budget, pinned, scope, kv_heads, sinks, recent):  # type: ignore[no-untyped-def]
+    layers, batch, _, capacity = scores.shape
+    shape = plan_shape(scope, layers, batch, kv_heads, capacity)
+    new = scores.new_empty
+    return new(shape, dtype=torch.int32), new(batch, dtype=torch.int32), new(batch, dtype=torch.int32)

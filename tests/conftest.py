@@ -1,0 +1,29 @@
+"""What every test shares: no network, two threads, fixed seeds, and the real model for the slow ones."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+MODEL = Path(__file__).parents[1] / "build" / "model" / "SmolLM2-135M-Instruct"
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of SmolLM2-135M-Instruct; without it the test fails, since a skip would hide that."""
+    if not (MODEL / "config.json").is_file():
+        pytest.fail("the model of the slow tests is not there; run `make model`", pytrace=False)
+    return MODEL
