@@ -1,0 +1,226 @@
+"""Build the plugin library of one model: host code once a machine, then the model's kernels linked in.
+
+The host code declares TensorRT's and the driver's interfaces itself, so a C++ compiler is all it needs; no TensorRT, no
+CUDA toolkit. The library has no dependency but libc, and loads on machines without a driver.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from keysieve.errors import ExportError
+from keysieve.plugins.contract import NODES
+from keysieve.plugins.tensorrt.configuration import Configuration
+from keysieve.version import __version__
+
+SOURCES = Path(__file__).parent
+KERNELS = ("update_kernel", "score_kernel", "select_stats_kernel", "select_plan_kernel")
+FLAGS = (
+    "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra", "-Werror",
+    "-ffile-prefix-map={sources}=.",
+)  # fmt: skip
+# Official headers: their declarations are not ours to keep free of warnings.
+LINK_FLAGS = (
+    "-shared", "-s", "-static-libstdc++", "-static-libgcc", "-Wl,-z,defs", "-Wl,-z,noexecstack", "-Wl,--build-id=none",
+    "-Wl,--exclude-libs,ALL",
+)  # fmt: skip
+CACHE_TYPES = {"float16": "kHALF", "bfloat16": "kBF16", "float32": "kFLOAT"}
+
+
+@dataclass(frozen=True)
+class Image:
+    """One kernel for one architecture.
+
+    architecture: 80 for sm_80; portable: PTX that any GPU of this architecture or later can run; exact: sm_90a and the
+    like. block: cache rows of a program of the score kernel; chunk: head dims of a program of the update kernel (0: all).
+    """
+
+    kernel: str
+    architecture: int
+    portable: bool
+    exact: bool
+    data: bytes
+    entry: str
+    warps: int
+    shared_bytes: int
+    scratch_parameters: int = 2
+    block: int = 0
+    chunk: int = 0
+
+
+def build_library(
+    configuration: Configuration,
+    images: Sequence[Image],
+    output: Path,
+    tensorrt_include: Path | None = None,
+    cache: Path | None = None,
+    compiler: str | None = None,
+) -> Path:
+    """Write the shared library with the three plugins for `configuration` to `output`; returns it.
+
+    tensorrt_include: folder of TensorRT's official headers, to compile against them instead of our declarations.
+    cache: where compiled host code is kept between calls. compiler: g++ or clang++, found on PATH if not given.
+    Raises ExportError where the compiler is missing or fails, or a kernel has no image.
+    """
+    missing = [kernel for kernel in KERNELS if not any(image.kernel == kernel for image in images)]
+    if missing:
+        raise ExportError(f"no image of {', '.join(missing)}; the plugin library needs every kernel")
+    compiler = compiler or find_compiler()
+    objects = _host_objects(compiler, _include_flags(tensorrt_include), cache or default_cache())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "generated.cpp").write_text(_generated(configuration, images))
+        (folder / "images.S").write_text(_assembly(len(images)))
+        for index, image in enumerate(images):
+            (folder / f"{index}.bin").write_bytes(image.data)
+        flags = [flag.format(sources=SOURCES) for flag in FLAGS]
+        _run([compiler, *flags, "-I", str(SOURCES), "-c", "generated.cpp", "-o", "generated.o"], folder)
+        _run([compiler, "-c", "images.S", "-o", "images.o"], folder)
+        own = ["generated.o", "images.o"]
+        _run([compiler, *LINK_FLAGS, *map(str, objects), *own, "-o", "library.so", "-ldl", "-lpthread"], folder)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = output.with_name(f".{output.name}.{os.getpid()}")
+        shutil.copy(folder / "library.so", partial)
+        partial.replace(output)
+    return output
+
+
+def find_compiler() -> str:
+    """The first C++ compiler on PATH."""
+    for name in ("g++", "c++", "clang++"):
+        if found := shutil.which(name):
+            return found
+    raise ExportError("no C++ compiler on PATH (g++ or clang++); the plugin library is compiled on this machine")
+
+
+def default_cache() -> Path:
+    """The user's cache folder of keysieve."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "keysieve" / "tensorrt-plugin"
+
+
+def _include_flags(tensorrt_include: Path | None) -> list[str]:
+    if tensorrt_include is None:
+        return []
+    if not (tensorrt_include / "NvInferRuntime.h").is_file():
+        raise ExportError(f"{tensorrt_include} has no NvInferRuntime.h; give the include folder of a TensorRT package")
+    cuda = _cuda_include()
+    # -isystem: warnings about the headers' own code are not ours to fix.
+    return ["-DKEYSIEVE_TENSORRT_HEADERS", "-isystem", str(tensorrt_include.resolve()), "-isystem", str(cuda)]
+
+
+def _cuda_include() -> Path:
+    """Folder with cuda_runtime_api.h, which TensorRT's headers include: of nvcc on PATH, or of NVIDIA's wheels."""
+    candidates = []
+    if nvcc := shutil.which("nvcc"):
+        dry_run = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True, check=False).stderr
+        tops = [line.split("=", 1)[1].strip() for line in dry_run.splitlines() if line.startswith("#$ TOP=")]
+        candidates += [Path(top) / "include" for top in tops]
+    from importlib.util import find_spec
+
+    if spec := find_spec("nvidia"):
+        for place in spec.submodule_search_locations or ():
+            candidates += sorted(Path(place).glob("*/include"))
+    for candidate in candidates:
+        if (candidate / "cuda_runtime_api.h").is_file():
+            return candidate.resolve()
+    raise ExportError(
+        "TensorRT's headers need cuda_runtime_api.h, and neither nvcc on PATH nor the wheel nvidia-cuda-runtime has it; "
+        "install one, or build without the official headers"
+    )
+
+
+def _host_objects(compiler: str, includes: list[str], cache: Path) -> list[Path]:
+    """Object files of the host code, compiled unless the cache has them for these sources, flags and compiler."""
+    sources = sorted(SOURCES.glob("*.cpp"))
+    digest = sha256(_version_of(compiler).encode())
+    for part in (*FLAGS, *includes):
+        digest.update(part.encode())
+    for file in (*sources, *sorted(SOURCES.glob("*.h"))):
+        digest.update(file.name.encode() + file.read_bytes())
+    folder = cache / digest.hexdigest()[:24]
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        flags = [flag.format(sources=SOURCES) for flag in FLAGS]
+        with tempfile.TemporaryDirectory(dir=cache) as partial, ThreadPoolExecutor(max_workers=2) as pool:
+
+            def compile_one(source: Path) -> None:
+                target = str(Path(partial) / f"{source.stem}.o")
+                _run([compiler, *flags, *includes, "-c", str(source), "-o", target], Path(partial))
+
+            list(pool.map(compile_one, sources))
+            try:
+                shutil.copytree(partial, Path(f"{partial}.done"))
+                Path(f"{partial}.done").rename(folder)
+            except OSError:
+                shutil.rmtree(f"{partial}.done", ignore_errors=True)  # someone else was faster
+    return sorted(folder.glob("*.o"))
+
+
+def _version_of(compiler: str) -> str:
+    try:
+        return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ExportError(f"the C++ compiler {compiler} does not run: {error}") from error
+
+
+def _run(command: list[str], folder: Path) -> None:
+    environment = {**os.environ, "LC_ALL": "C"}
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
+    if result.returncode:
+        first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip()[-400:])
+        raise ExportError(f"building the plugin library failed: {first}\ncommand: {' '.join(command)}")
+
+
+def _generated(configuration: Configuration, images: Sequence[Image]) -> str:
+    """C++ definitions of configuration.h's data."""
+    c, text = configuration, json.dumps
+    rows = []
+    for index, image in enumerate(images):
+        rows.append(
+            f"    {{{text(image.kernel)}, {image.architecture}, {text(image.portable)}, {text(image.exact)}, "
+            f"image_{index}, {len(image.data)}, {text(image.entry)}, {image.warps}, {image.shared_bytes}, "
+            f"{image.scratch_parameters}, {image.block}, {image.chunk}}},\n"
+        )
+    externs = "".join(f"extern unsigned char const image_{index}[];\n" for index in range(len(images)))
+    return (
+        '#include "configuration.h"\n\n'
+        f'extern "C" {{\n{externs}}}\n\n'
+        "namespace keysieve {\n\n"
+        f"Configuration const configuration = {{{c.layers}, {c.query_heads}, {c.kv_heads}, {c.head_dim}, {c.value_dim}, "
+        f"{c.offsets}, {c.rotary_dim}, {c.interleaved}, {c.sinks}, {c.recent}, {text(c.policy)}, {text(c.scope)}, "
+        f"nvinfer1::DataType::{CACHE_TYPES[c.dtype]}}};\n\n"
+        f"Image const images[] = {{\n{''.join(rows)}}};\n"
+        f"size_t const imageCount = {len(images)};\n"
+        f"char const* const description = {text(text(describe(configuration, images), sort_keys=True))};\n\n"
+        "} // namespace keysieve\n"
+    )
+
+
+def describe(configuration: Configuration, images: Sequence[Image]) -> dict[str, object]:
+    """What `keysieve_description` of the library returns, as a dict."""
+    return {
+        "keysieve": __version__,
+        "nodes": {node.name: node.version for node in NODES},
+        "configuration": asdict(configuration),
+        "cubins": sorted({image.architecture for image in images if not image.portable}),
+        "exact": sorted({image.architecture for image in images if image.exact}),
+        "ptx": sorted({image.architecture for image in images if image.portable}),
+        "images_sha256": sha256(b"".join(sha256(image.data).digest() for image in images)).hexdigest(),
+    }
+
+
+def _assembly(count: int) -> str:
+    """The images as read-only data; PTX ends in a zero byte, as the driver wants it."""
+    lines = ['    .section .note.GNU-stack,"",%progbits', "    .section .rodata"]
+    for index in range(count):
+        name = f"image_{index}"
+        lines += [f"    .global {name}", f"    .hidden {name}", "    .balign 64", f"{name}:", f'    .incbin "{index}.bin"']
+        lines += ["    .byte 0"]
+    return "\n".join(lines) + "\n"

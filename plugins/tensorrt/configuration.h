@@ -1,0 +1,51 @@
+// What a plugin library was built for: the sizes baked into its kernels, and their images. Defined by generated code.
+#pragma once
+
+#include "abi.h"
+
+#include <cstddef>
+#include <cstdint>
+
+namespace keysieve {
+
+struct Configuration {
+    int32_t layers;
+    int32_t queryHeads;
+    int32_t kvHeads;
+    int32_t headDim;
+    int32_t valueDim;
+    int32_t offsets; // J, rows of a query centre
+    int32_t rotaryDim;
+    int32_t interleaved;
+    int32_t sinks;
+    int32_t recent;
+    char const* policy;
+    char const* scope;
+    nvinfer1::DataType cacheType;
+
+    int32_t planLayers() const; // Lp
+    int32_t planHeads() const;  // Hp
+};
+
+// One kernel for one architecture.
+struct Image {
+    char const* kernel; // as in kernels/triton, such as "score_kernel"
+    int32_t architecture; // 80 for sm_80
+    bool portable;        // PTX: any GPU of this architecture or later, compiled by the driver
+    bool exact;           // sm_90a and the like: this architecture and no other
+    unsigned char const* data;
+    size_t size;
+    char const* entry;    // symbol of the kernel
+    uint32_t warps;
+    uint32_t sharedBytes;
+    uint32_t scratchParameters; // trailing pointers that Triton adds and these kernels leave unused
+    int32_t block;              // rows (score) of a program
+    int32_t chunk;              // head dims of a program (update), 0: all
+};
+
+extern Configuration const configuration;
+extern Image const images[];
+extern size_t const imageCount;
+extern char const* const description; // of configuration and images, JSON
+
+} // namespace keysieve

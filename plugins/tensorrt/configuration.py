@@ -1,0 +1,110 @@
+"""What a plugin library is built for, read from the bundle's ONNX file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import NodeProto, TensorProto, helper
+
+from keysieve.errors import ExportError
+from keysieve.plugins.contract import DOMAIN, SCOPES, SCORE, SELECT, UPDATE
+
+DTYPES = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16", TensorProto.FLOAT: "float32"}
+MAX_HEAD_DIM = 256
+MAX_GROUP = 16
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Sizes and options that the kernels are specialised for; dtype is the cache's, offsets is J of the contract."""
+
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    offsets: int
+    rotary_dim: int
+    interleaved: int
+    policy: str
+    scope: str
+    sinks: int
+    recent: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        """Raise ExportError for what the kernels cannot do."""
+        if self.dtype not in DTYPES.values():
+            raise ExportError(f"caches of dtype {self.dtype} have no GPU kernel; use one of {', '.join(DTYPES.values())}")
+        for name in ("head_dim", "value_dim"):
+            size = getattr(self, name)
+            if size % 8 or not 0 < size <= MAX_HEAD_DIM:
+                raise ExportError(f"{name} is {size}; the GPU kernels need a multiple of 8 up to {MAX_HEAD_DIM}")
+        if self.query_heads % self.kv_heads or self.query_heads // self.kv_heads > MAX_GROUP:
+            raise ExportError(
+                f"{self.query_heads} query heads on {self.kv_heads} KV heads; the GPU kernels need whole groups of at most "
+                f"{MAX_GROUP}"
+            )
+        if self.scope not in SCOPES:
+            raise ExportError(f"unknown scope {self.scope!r}; choose one of {', '.join(SCOPES)}")
+
+
+def read_configuration(model: Path) -> Configuration:
+    """The configuration of an exported model.onnx; weights are not read.
+
+    Raises ExportError where the file cannot be read, or holds no plugin nodes (an inlined export).
+    """
+    try:
+        graph = onnx.load(str(model), load_external_data=False).graph
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{model} cannot be read: {error}") from error
+    except Exception as error:  # noqa: BLE001  (protobuf's DecodeError has no public home)
+        raise ExportError(f"{model} is no ONNX file: {error}") from error
+    found: dict[str, list[NodeProto]] = {node.name: [] for node in (UPDATE, SCORE, SELECT)}
+    for node in graph.node:
+        if node.domain == DOMAIN and node.op_type in found:
+            found[node.op_type].append(node)
+    missing = [name for name, nodes in found.items() if not nodes]
+    if missing:
+        raise ExportError(f"{model} has no {', '.join(missing)} node; compile the bundle again without --inline")
+    score, select = found[SCORE.name][0], found[SELECT.name][0]
+    shapes = _shapes(graph)
+    key, value = (shapes[name] for name in found[UPDATE.name][0].input[5:7])
+    options = _attributes(score) | _attributes(select)
+    layers = len(score.input) - 5
+    centre = shapes.get(score.input[3])
+    trig = options["policy"] == "trig"
+    if trig and centre is None:
+        raise ExportError(f"{model} does not say the shape of {score.input[3]}, input centre of {SCORE.name}")
+    return Configuration(
+        layers=layers,
+        query_heads=options["query_heads"],
+        kv_heads=options["kv_heads"],
+        head_dim=key[1][3],
+        value_dim=value[1][3],
+        offsets=centre[1][3] if trig and centre else 1,
+        rotary_dim=options["rotary_dim"],
+        interleaved=options["interleaved"],
+        policy=options["policy"],
+        scope=options["scope"],
+        sinks=options["sinks"],
+        recent=options["recent"],
+        dtype=DTYPES.get(key[0], helper.tensor_dtype_to_string(key[0])),
+    )
+
+
+def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, list[Any]]]:
+    """Dtype and shape (0 for a dynamic size) of every value that the file describes."""
+    result = {}
+    for info in (*graph.input, *graph.value_info, *graph.output):
+        tensor = info.type.tensor_type
+        result[info.name] = (tensor.elem_type, [size.dim_value for size in tensor.shape.dim])
+    for constant in graph.initializer:
+        result[constant.name] = (constant.data_type, list(constant.dims))
+    return result
+
+
+def _attributes(node: NodeProto) -> dict[str, Any]:
+    values = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    return {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}

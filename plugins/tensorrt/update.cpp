@@ -1,0 +1,54 @@
+// KeySieveUpdate: compact one layer's cache by the plan of the last step, then append the new rows; in place.
+
+#include "plugin.h"
+
+namespace keysieve {
+namespace {
+
+class Update final : public Plugin {
+public:
+    static constexpr char const* NAME = "KeySieveUpdate";
+
+    Update(nvinfer1::PluginFieldCollection const& fields, std::string layerName)
+        : Plugin(NAME, std::move(layerName)), layer_(integerField(fields, "layer")) {}
+
+    static void declare(Fields& fields) { fields.declare("layer", nvinfer1::PluginFieldType::kINT32); }
+
+    std::unique_ptr<Plugin> copy() const override { return std::make_unique<Update>(*this); }
+    Types inputTypes() const override { return update::inputTypes(configuration); }
+    Types outputTypes() const override { return {configuration.cacheType, configuration.cacheType}; }
+    int32_t alias(int32_t output) const override { return update::aliasedInput(output); }
+    void check(std::vector<Shape> const& inputs) const override { update::check(configuration, inputs, layer_); }
+    void attributes(Fields& fields) const override { fields.add("layer", layer_); }
+    void attach() override { loadKernel("update_kernel"); } // now, since a stream that captures may not load
+
+    void outputShapes(nvinfer1::DimsExprs const* in, int32_t, nvinfer1::DimsExprs* out,
+        nvinfer1::IExprBuilder&) const override {
+        for (int32_t output = 0; output < update::kOutputs; ++output) {
+            out[output] = in[update::aliasedInput(output)];
+        }
+    }
+
+    void run(std::vector<Shape> const& inputs, void const* const* in, void* const* out, void*, Handle stream) override {
+        for (int32_t output = 0; output < update::kOutputs; ++output) {
+            if (out[output] != in[update::aliasedInput(output)]) {
+                throw Error("the cache's input and output are different buffers; build the engine with the preview feature "
+                            "ALIASED_PLUGIN_IO_10_03 and bind both names to one buffer");
+            }
+        }
+        Image const& image = *loadKernel("update_kernel").image;
+        launch(update::launch(image, configuration, inputs, in, out, layer_), stream);
+    }
+
+private:
+    int32_t layer_;
+};
+
+} // namespace
+
+nvinfer1::IPluginCreatorInterface* updateCreator() {
+    static Creator<Update> creator;
+    return &creator;
+}
+
+} // namespace keysieve
