@@ -6,6 +6,7 @@ CUDA toolkit. The library has no dependency but libc, and loads on machines with
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -16,17 +17,24 @@ from hashlib import sha256
 from pathlib import Path
 
 from keysieve.errors import ExportError
+from keysieve.kernels.triton.aot import PORTABLE, Artifact
+from keysieve.kernels.triton.configuration import KernelConfiguration
 from keysieve.plugins.contract import NODES
-from keysieve.plugins.tensorrt.configuration import Configuration
 from keysieve.version import __version__
 
 SOURCES = Path(__file__).parent
-KERNELS = ("update_kernel", "score_kernel", "select_stats_kernel", "select_plan_kernel")
+# What nodes.cpp passes to each kernel, in this order; behind it Triton's scratch pointers.
+PARAMETERS = {
+    "score": "keys centre weight length limit position scores batch capacity",
+    "select_stats": "scores length limit pinned stats batch capacity",
+    "select_plan": "scores stats length limit budget pinned ranks plan keep evicted batch capacity",
+    "update": "key_new value_new length plan keep key value batch capacity tokens plan_layers layer",
+}
+SCRATCH = ("global_scratch", "profile_scratch")
 FLAGS = (
     "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra", "-Werror",
     "-ffile-prefix-map={sources}=.",
 )  # fmt: skip
-# Official headers: their declarations are not ours to keep free of warnings.
 LINK_FLAGS = (
     "-shared", "-s", "-static-libstdc++", "-static-libgcc", "-Wl,-z,defs", "-Wl,-z,noexecstack", "-Wl,--build-id=none",
     "-Wl,--exclude-libs,ALL",
@@ -35,29 +43,18 @@ CACHE_TYPES = {"float16": "kHALF", "bfloat16": "kBF16", "float32": "kFLOAT"}
 
 
 @dataclass(frozen=True)
-class Image:
-    """One kernel for one architecture.
+class _Image:
+    """One row of the table in configuration.h."""
 
-    architecture: 80 for sm_80; portable: PTX that any GPU of this architecture or later can run; exact: sm_90a and the
-    like. block: cache rows of a program of the score kernel; chunk: head dims of a program of the update kernel (0: all).
-    """
-
-    kernel: str
-    architecture: int
+    artifact: Artifact
     portable: bool
     exact: bool
     data: bytes
-    entry: str
-    warps: int
-    shared_bytes: int
-    scratch_parameters: int = 2
-    block: int = 0
-    chunk: int = 0
 
 
 def build_library(
-    configuration: Configuration,
-    images: Sequence[Image],
+    configuration: KernelConfiguration,
+    artifacts: Sequence[Artifact],
     output: Path,
     tensorrt_include: Path | None = None,
     cache: Path | None = None,
@@ -65,13 +62,13 @@ def build_library(
 ) -> Path:
     """Write the shared library with the three plugins for `configuration` to `output`; returns it.
 
+    artifacts: every kernel for every architecture, from keysieve.kernels.triton.aot; the PTX of PORTABLE goes along.
     tensorrt_include: folder of TensorRT's official headers, to compile against them instead of our declarations.
     cache: where compiled host code is kept between calls. compiler: g++ or clang++, found on PATH if not given.
     Raises ExportError where the compiler is missing or fails, or a kernel has no image.
     """
-    missing = [kernel for kernel in KERNELS if not any(image.kernel == kernel for image in images)]
-    if missing:
-        raise ExportError(f"no image of {', '.join(missing)}; the plugin library needs every kernel")
+    _check_artifacts(artifacts)
+    images = _images(artifacts)
     compiler = compiler or find_compiler()
     objects = _host_objects(compiler, _include_flags(tensorrt_include), cache or default_cache())
     with tempfile.TemporaryDirectory() as name:
@@ -90,6 +87,29 @@ def build_library(
         shutil.copy(folder / "library.so", partial)
         partial.replace(output)
     return output
+
+
+def _check_artifacts(artifacts: Sequence[Artifact]) -> None:
+    for arch in sorted({artifact.arch for artifact in artifacts}):
+        missing = sorted(PARAMETERS.keys() - {artifact.name for artifact in artifacts if artifact.arch == arch})
+        if missing:
+            raise ExportError(f"no kernel {', '.join(missing)} for sm_{arch}; the plugin library needs all four")
+    if not artifacts:
+        raise ExportError("no kernels given; the plugin library needs them for at least one architecture")
+    for artifact in artifacts:
+        found = [name for name, _ in artifact.parameters]
+        if found != [*PARAMETERS[artifact.name].split(), *SCRATCH]:
+            raise ExportError(f"kernel {artifact.name} has parameters {found}, the plugin passes {PARAMETERS[artifact.name]}")
+
+
+def _images(artifacts: Sequence[Artifact]) -> list[_Image]:
+    images = []
+    for artifact in artifacts:
+        exact = re.search(r"^\.target sm_\d+a", artifact.ptx, re.MULTILINE) is not None
+        images.append(_Image(artifact, False, exact, artifact.cubin))
+        if artifact.arch == PORTABLE:
+            images.append(_Image(artifact, True, False, artifact.ptx.encode()))
+    return images
 
 
 def find_compiler() -> str:
@@ -178,15 +198,16 @@ def _run(command: list[str], folder: Path) -> None:
         raise ExportError(f"building the plugin library failed: {first}\ncommand: {' '.join(command)}")
 
 
-def _generated(configuration: Configuration, images: Sequence[Image]) -> str:
+def _generated(configuration: KernelConfiguration, images: Sequence[_Image]) -> str:
     """C++ definitions of configuration.h's data."""
     c, text = configuration, json.dumps
     rows = []
     for index, image in enumerate(images):
+        a = image.artifact
         rows.append(
-            f"    {{{text(image.kernel)}, {image.architecture}, {text(image.portable)}, {text(image.exact)}, "
-            f"image_{index}, {len(image.data)}, {text(image.entry)}, {image.warps}, {image.shared_bytes}, "
-            f"{image.scratch_parameters}, {image.block}, {image.chunk}}},\n"
+            f"    {{{text(a.name)}, {a.arch}, {text(image.portable)}, {text(image.exact)}, image_{index}, "
+            f"{len(image.data)}, {text(a.entry)}, {a.num_warps}, {a.shared}, {len(a.parameters)}, "
+            f"{a.grid_rows}, {a.grid_x}, {a.grid_y}, {a.grid_z}}},\n"
         )
     externs = "".join(f"extern unsigned char const image_{index}[];\n" for index in range(len(images)))
     return (
@@ -194,7 +215,7 @@ def _generated(configuration: Configuration, images: Sequence[Image]) -> str:
         f'extern "C" {{\n{externs}}}\n\n'
         "namespace keysieve {\n\n"
         f"Configuration const configuration = {{{c.layers}, {c.query_heads}, {c.kv_heads}, {c.head_dim}, {c.value_dim}, "
-        f"{c.offsets}, {c.rotary_dim}, {c.interleaved}, {c.sinks}, {c.recent}, {text(c.policy)}, {text(c.scope)}, "
+        f"{c.offsets}, {c.rotary_dim}, {int(c.interleaved)}, {c.sinks}, {c.recent}, {text(c.policy)}, {text(c.scope)}, "
         f"nvinfer1::DataType::{CACHE_TYPES[c.dtype]}}};\n\n"
         f"Image const images[] = {{\n{''.join(rows)}}};\n"
         f"size_t const imageCount = {len(images)};\n"
@@ -203,15 +224,15 @@ def _generated(configuration: Configuration, images: Sequence[Image]) -> str:
     )
 
 
-def describe(configuration: Configuration, images: Sequence[Image]) -> dict[str, object]:
+def describe(configuration: KernelConfiguration, images: Sequence[_Image]) -> dict[str, object]:
     """What `keysieve_description` of the library returns, as a dict."""
     return {
         "keysieve": __version__,
         "nodes": {node.name: node.version for node in NODES},
         "configuration": asdict(configuration),
-        "cubins": sorted({image.architecture for image in images if not image.portable}),
-        "exact": sorted({image.architecture for image in images if image.exact}),
-        "ptx": sorted({image.architecture for image in images if image.portable}),
+        "cubins": sorted({image.artifact.arch for image in images if not image.portable}),
+        "exact": sorted({image.artifact.arch for image in images if image.exact}),
+        "ptx": sorted({image.artifact.arch for image in images if image.portable}),
         "images_sha256": sha256(b"".join(sha256(image.data).digest() for image in images)).hexdigest(),
     }
 

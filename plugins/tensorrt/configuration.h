@@ -27,20 +27,22 @@ struct Configuration {
     int32_t planHeads() const;  // Hp
 };
 
-// One kernel for one architecture.
+// One kernel for one architecture. Its grid is (ceil(C / gridRows) or gridX, gridY, gridZ * B).
 struct Image {
-    char const* kernel; // as in kernels/triton, such as "score_kernel"
+    char const* kernel;   // update, score, select_stats or select_plan
     int32_t architecture; // 80 for sm_80
     bool portable;        // PTX: any GPU of this architecture or later, compiled by the driver
     bool exact;           // sm_90a and the like: this architecture and no other
     unsigned char const* data;
     size_t size;
-    char const* entry;    // symbol of the kernel
+    char const* entry; // symbol of the kernel
     uint32_t warps;
     uint32_t sharedBytes;
-    uint32_t scratchParameters; // trailing pointers that Triton adds and these kernels leave unused
-    int32_t block;              // rows (score) of a program
-    int32_t chunk;              // head dims of a program (update), 0: all
+    uint32_t parameters; // in all; those at the end that no launch gives are scratch pointers of Triton's, null here
+    uint32_t gridRows;
+    uint32_t gridX;
+    uint32_t gridY;
+    uint32_t gridZ;
 };
 
 extern Configuration const configuration;

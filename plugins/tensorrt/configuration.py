@@ -1,6 +1,5 @@
 """What a plugin library is built for, read from the bundle's ONNX file."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,52 +7,17 @@ import onnx
 from onnx import NodeProto, TensorProto, helper
 
 from keysieve.errors import ExportError
-from keysieve.plugins.contract import DOMAIN, SCOPES, SCORE, SELECT, UPDATE
+from keysieve.kernels.triton.configuration import KernelConfiguration
+from keysieve.plugins.contract import DOMAIN, SCORE, SELECT, UPDATE
 
 DTYPES = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16", TensorProto.FLOAT: "float32"}
-MAX_HEAD_DIM = 256
-MAX_GROUP = 16
 
 
-@dataclass(frozen=True)
-class Configuration:
-    """Sizes and options that the kernels are specialised for; dtype is the cache's, offsets is J of the contract."""
-
-    layers: int
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-    offsets: int
-    rotary_dim: int
-    interleaved: int
-    policy: str
-    scope: str
-    sinks: int
-    recent: int
-    dtype: str
-
-    def __post_init__(self) -> None:
-        """Raise ExportError for what the kernels cannot do."""
-        if self.dtype not in DTYPES.values():
-            raise ExportError(f"caches of dtype {self.dtype} have no GPU kernel; use one of {', '.join(DTYPES.values())}")
-        for name in ("head_dim", "value_dim"):
-            size = getattr(self, name)
-            if size % 8 or not 0 < size <= MAX_HEAD_DIM:
-                raise ExportError(f"{name} is {size}; the GPU kernels need a multiple of 8 up to {MAX_HEAD_DIM}")
-        if self.query_heads % self.kv_heads or self.query_heads // self.kv_heads > MAX_GROUP:
-            raise ExportError(
-                f"{self.query_heads} query heads on {self.kv_heads} KV heads; the GPU kernels need whole groups of at most "
-                f"{MAX_GROUP}"
-            )
-        if self.scope not in SCOPES:
-            raise ExportError(f"unknown scope {self.scope!r}; choose one of {', '.join(SCOPES)}")
-
-
-def read_configuration(model: Path) -> Configuration:
+def read_configuration(model: Path) -> KernelConfiguration:
     """The configuration of an exported model.onnx; weights are not read.
 
-    Raises ExportError where the file cannot be read, or holds no plugin nodes (an inlined export).
+    Raises ExportError where the file cannot be read or holds no plugin nodes (an inlined export), ConfigError where the
+    GPU kernels cannot do what it asks for.
     """
     try:
         graph = onnx.load(str(model), load_external_data=False).graph
@@ -77,7 +41,7 @@ def read_configuration(model: Path) -> Configuration:
     trig = options["policy"] == "trig"
     if trig and centre is None:
         raise ExportError(f"{model} does not say the shape of {score.input[3]}, input centre of {SCORE.name}")
-    return Configuration(
+    return KernelConfiguration(
         layers=layers,
         query_heads=options["query_heads"],
         kv_heads=options["kv_heads"],
@@ -85,7 +49,7 @@ def read_configuration(model: Path) -> Configuration:
         value_dim=value[1][3],
         offsets=centre[1][3] if trig and centre else 1,
         rotary_dim=options["rotary_dim"],
-        interleaved=options["interleaved"],
+        interleaved=bool(options["interleaved"]),
         policy=options["policy"],
         scope=options["scope"],
         sinks=options["sinks"],

@@ -9,8 +9,8 @@
 namespace keysieve {
 namespace {
 
-constexpr uint64_t kWarp = 32;
-constexpr uint64_t kGridLimits[3] = {2147483647, 65535, 65535};
+constexpr unsigned kWarp = 32;
+constexpr int64_t kGridLimits[3] = {2147483647, 65535, 65535};
 
 std::mutex mutex_;
 std::map<std::pair<std::string, int>, Loaded> loaded_; // by kernel and architecture
@@ -109,27 +109,33 @@ Loaded loadKernel(char const* kernel) {
     return result;
 }
 
-void launch(Launch work, Handle stream) {
+std::array<unsigned, 3> gridOf(Image const& image, int64_t batch, int64_t capacity) {
+    auto const rows = static_cast<int64_t>(image.gridRows);
+    int64_t const grid[3] = {rows == 0 ? image.gridX : (capacity + rows - 1) / rows, image.gridY, image.gridZ * batch};
     for (int axis = 0; axis < 3; ++axis) {
-        if (work.grid[axis] == 0) {
-            return; // nothing to do: an empty batch, or no new tokens
-        }
-        if (work.grid[axis] > kGridLimits[axis]) {
-            throw Error(std::string(work.kernel) + " would need " + std::to_string(work.grid[axis]) + " blocks along axis "
+        if (grid[axis] > kGridLimits[axis]) {
+            throw Error(std::string(image.kernel) + " would need " + std::to_string(grid[axis]) + " blocks along axis "
                 + std::to_string(axis) + " of its grid; CUDA allows " + std::to_string(kGridLimits[axis])
                 + ", so use a smaller batch");
         }
     }
+    return {static_cast<unsigned>(grid[0]), static_cast<unsigned>(grid[1]), static_cast<unsigned>(grid[2])};
+}
+
+void launch(Launch work, Handle stream) {
     Loaded const loaded = loadKernel(work.kernel);
-    for (uint32_t i = 0; i < loaded.image->scratchParameters; ++i) {
+    Image const& image = *loaded.image;
+    std::array<unsigned, 3> const grid = gridOf(image, work.batch, work.capacity);
+    if (std::find(grid.begin(), grid.end(), 0U) != grid.end()) {
+        return;
+    }
+    while (work.arguments.size() < image.parameters) {
         work.arguments.pointer(nullptr);
     }
     std::vector<void*> addresses = work.arguments.addresses();
-    Status const status = driver().launch(loaded.kernel, static_cast<unsigned>(work.grid[0]),
-        static_cast<unsigned>(work.grid[1]), static_cast<unsigned>(work.grid[2]),
-        static_cast<unsigned>(loaded.image->warps * kWarp), 1, 1, loaded.image->sharedBytes, stream, addresses.data(),
-        nullptr);
-    check(status, (std::string("cuLaunchKernel of ") + work.kernel).c_str());
+    check(driver().launch(loaded.kernel, grid[0], grid[1], grid[2], image.warps * kWarp, 1, 1, image.sharedBytes, stream,
+              addresses.data(), nullptr),
+        (std::string("cuLaunchKernel of ") + work.kernel).c_str());
 }
 
 void forgetKernels() {

@@ -27,9 +27,13 @@ private:
 
 struct Launch {
     char const* kernel;
-    std::array<uint64_t, 3> grid;
+    int64_t batch;
+    int64_t capacity;
     Arguments arguments;
 };
+
+// Blocks along each axis; an axis of 0 means that there is nothing to do. Throws Error beyond CUDA's limits.
+std::array<unsigned, 3> gridOf(Image const& image, int64_t batch, int64_t capacity);
 
 // The image of `kernel` for a GPU: the newest cubin of its generation that is not newer than the GPU, else PTX.
 // Throws Error that lists what there is.

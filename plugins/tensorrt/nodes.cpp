@@ -59,8 +59,6 @@ void expectInputs(size_t found, size_t expected) {
     }
 }
 
-uint64_t blocks(int64_t size, int64_t block) { return static_cast<uint64_t>((size + block - 1) / block); }
-
 size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 } // namespace
@@ -96,18 +94,18 @@ void check(Configuration const& built, std::vector<Shape> const& inputs, int32_t
     expectCapacity(capacity);
 }
 
-Launch launch(Image const& image, Configuration const& built, std::vector<Shape> const& inputs, void const* const* in,
-    void* const* out, int32_t layer) {
+Launch launch(std::vector<Shape> const& inputs, void const* const* in, void* const* out, int32_t layer) {
     int64_t const batch = inputs[kKey][0];
-    int64_t const widest = built.headDim > built.valueDim ? built.headDim : built.valueDim;
+    int64_t const capacity = inputs[kKey][2];
+    int64_t const tokens = inputs[kKeyNew][2];
+    int64_t const planLayers = inputs[kPlan][0];
     Arguments arguments;
     for (int32_t input : {kKeyNew, kValueNew, kLength, kPlan, kKeep}) {
         arguments.pointer(in[input]);
     }
     arguments.pointer(out[kKeyOut]).pointer(out[kValueOut]);
-    arguments.integer(batch).integer(inputs[kKey][2]).integer(inputs[kKeyNew][2]).integer(inputs[kPlan][0]).integer(layer);
-    uint64_t const chunks = image.chunk == 0 ? 1 : blocks(widest, image.chunk);
-    return {image.kernel, {chunks, static_cast<uint64_t>(2 * built.kvHeads), static_cast<uint64_t>(batch)}, arguments};
+    arguments.integer(batch).integer(capacity).integer(tokens).integer(planLayers).integer(layer);
+    return {"update", batch, capacity, arguments};
 }
 
 } // namespace update
@@ -143,8 +141,7 @@ void check(Configuration const& built, std::vector<Shape> const& inputs, std::st
     expectCapacity(capacity);
 }
 
-Launch launch(Image const& image, Configuration const& built, std::vector<Shape> const& inputs, DevicePointer keys,
-    void const* const* in, void* const* out) {
+Launch launch(std::vector<Shape> const& inputs, DevicePointer keys, void const* const* in, void* const* out) {
     int64_t const batch = inputs[kKey][0];
     int64_t const capacity = inputs[kKey][2];
     Arguments arguments;
@@ -153,9 +150,7 @@ Launch launch(Image const& image, Configuration const& built, std::vector<Shape>
         arguments.pointer(in[input]);
     }
     arguments.pointer(out[0]).integer(batch).integer(capacity);
-    return {image.kernel,
-        {blocks(capacity, image.block), static_cast<uint64_t>(built.kvHeads), static_cast<uint64_t>(built.layers * batch)},
-        arguments};
+    return {"score", batch, capacity, arguments};
 }
 
 } // namespace score
@@ -203,11 +198,7 @@ std::vector<Launch> launches(Configuration const& built, std::vector<Shape> cons
     second.pointer(in[kScores]).pointer(stats).pointer(in[kLength]).pointer(in[kLimit]).pointer(in[kBudget]);
     second.pointer(in[kPinned]).pointer(ranks).pointer(out[kPlan]).pointer(out[kKeep]).pointer(out[kEvicted]);
     second.integer(batch).integer(capacity);
-    return {
-        {"select_stats_kernel", {static_cast<uint64_t>(built.queryHeads), static_cast<uint64_t>(built.layers * batch), 1}, first},
-        {"select_plan_kernel",
-            {static_cast<uint64_t>(built.planHeads()), static_cast<uint64_t>(built.planLayers() * batch), 1}, second},
-    };
+    return {{"select_stats", batch, capacity, first}, {"select_plan", batch, capacity, second}};
 }
 
 } // namespace select

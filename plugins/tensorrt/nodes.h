@@ -24,8 +24,7 @@ enum Output { kKeyOut, kValueOut, kOutputs };
 int32_t aliasedInput(int32_t output);
 Types inputTypes(Configuration const& built);
 void check(Configuration const& built, std::vector<Shape> const& inputs, int32_t layer);
-Launch launch(Image const& image, Configuration const& built, std::vector<Shape> const& inputs,
-    void const* const* in, void* const* out, int32_t layer);
+Launch launch(std::vector<Shape> const& inputs, void const* const* in, void* const* out, int32_t layer);
 } // namespace update
 
 namespace score {
@@ -33,8 +32,7 @@ enum Input { kLength, kLimit, kPosition, kCentre, kWeight, kKey };
 Types inputTypes(Configuration const& built);
 void check(Configuration const& built, std::vector<Shape> const& inputs, std::string const& policy, int32_t queryHeads,
     int32_t rotaryDim, int32_t interleaved);
-Launch launch(Image const& image, Configuration const& built, std::vector<Shape> const& inputs, DevicePointer keys,
-    void const* const* in, void* const* out);
+Launch launch(std::vector<Shape> const& inputs, DevicePointer keys, void const* const* in, void* const* out);
 } // namespace score
 
 namespace select {

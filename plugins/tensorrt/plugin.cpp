@@ -152,7 +152,11 @@ nvinfer1::IPluginV3* Plugin::attachToContext(nvinfer1::IPluginResourceContext* c
     bool const ok = guarded(ErrorCode::kFAILED_EXECUTION, [&] {
         made = copy();
         made->recorder_ = recorder;
-        made->attach();
+        try {
+            made->prepare(); // now, since a stream that captures a CUDA graph may not load
+        } catch (Error const&) {
+            // An engine may be built where no GPU is; enqueue prepares again, and reports.
+        }
     });
     return ok ? made.release() : nullptr;
 }

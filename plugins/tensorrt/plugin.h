@@ -41,10 +41,9 @@ public:
     virtual void attributes(Fields& fields) const = 0;
     virtual int32_t alias(int32_t) const { return -1; }
     virtual size_t workspace(std::vector<Shape> const&) const { return 0; }
-    virtual void attach() {}
+    virtual void prepare() {} // load what enqueue needs; may be called more than once
 
     // TensorRT's side.
-    nvinfer1::InterfaceInfo getInterfaceInfo() const noexcept override { return {"PLUGIN", 1, 0}; }
     nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override;
     nvinfer1::IPluginV3* clone() noexcept override;
 

@@ -22,15 +22,15 @@ public:
     }
 
     void allocate(size_t layers) {
+        if (memory_ != 0) {
+            return;
+        }
         layers_ = layers;
         tables_.reserve(kTables); // addresses stay: a captured graph copies from them when it runs
         keysieve::check(driver().allocate(&memory_, kTables * bytes()), "cuMemAlloc");
     }
 
     DevicePointer find(void const* const* keys, Handle stream) {
-        if (memory_ == 0) {
-            throw Error("the plugin was not attached to an execution context");
-        }
         std::vector<void const*> const wanted(keys, keys + layers_);
         auto found = std::find_if(tables_.begin(), tables_.end(), [&](Table const& table) { return table.keys == wanted; });
         if (found == tables_.end()) {
@@ -119,8 +119,8 @@ public:
         fields.add("interleaved", interleaved_);
     }
 
-    void attach() override {
-        loadKernel("score_kernel");
+    void prepare() override {
+        loadKernel("score");
         tables_.allocate(static_cast<size_t>(configuration.layers));
     }
 
@@ -135,9 +135,9 @@ public:
     }
 
     void run(std::vector<Shape> const& inputs, void const* const* in, void* const* out, void*, Handle stream) override {
-        Image const& image = *loadKernel("score_kernel").image;
+        prepare();
         DevicePointer const keys = tables_.find(in + score::kKey, stream);
-        launch(score::launch(image, configuration, inputs, keys, in, out), stream);
+        launch(score::launch(inputs, keys, in, out), stream);
     }
 
 private:

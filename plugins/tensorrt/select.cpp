@@ -42,9 +42,9 @@ public:
         fields.add("recent", recent_);
     }
 
-    void attach() override {
-        loadKernel("select_stats_kernel");
-        loadKernel("select_plan_kernel");
+    void prepare() override {
+        loadKernel("select_stats");
+        loadKernel("select_plan");
     }
 
     size_t workspace(std::vector<Shape> const& inputs) const override {

@@ -20,7 +20,7 @@ public:
     int32_t alias(int32_t output) const override { return update::aliasedInput(output); }
     void check(std::vector<Shape> const& inputs) const override { update::check(configuration, inputs, layer_); }
     void attributes(Fields& fields) const override { fields.add("layer", layer_); }
-    void attach() override { loadKernel("update_kernel"); } // now, since a stream that captures may not load
+    void prepare() override { loadKernel("update"); }
 
     void outputShapes(nvinfer1::DimsExprs const* in, int32_t, nvinfer1::DimsExprs* out,
         nvinfer1::IExprBuilder&) const override {
@@ -36,8 +36,7 @@ public:
                             "ALIASED_PLUGIN_IO_10_03 and bind both names to one buffer");
             }
         }
-        Image const& image = *loadKernel("update_kernel").image;
-        launch(update::launch(image, configuration, inputs, in, out, layer_), stream);
+        launch(update::launch(inputs, in, out, layer_), stream);
     }
 
 private:
