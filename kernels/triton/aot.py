@@ -23,6 +23,7 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 PORTABLE = 80  # its PTX is compiled by the driver for a GPU of which there is no machine code
 # The lowest PTX version of an architecture is the one that the oldest drivers accept.
 PTX_VERSIONS = {80: 80, 86: 80, 89: 80, 90: 80, 100: 86, 120: 87}
+MAX_REGISTERS = 128  # per thread
 FORMAT = 1  # of the cached files; raised with the fields of Artifact
 
 
@@ -151,6 +152,9 @@ def _compile(variant: Any, arch: int) -> Artifact:
             f"kernel {variant.name}: Triton {triton.__version__} wants scratch memory, which no launch has"
         )
     cubin, usage = _assemble(ptx)
+    if usage["spills"]:
+        ptx = _with_register_limit(ptx, 32 * variant.num_warps)
+        cubin, usage = _assemble(ptx)
     scratch_parameters = [(name, "pointer") for name in ("global_scratch", "profile_scratch")]
     declared = [(name, "pointer" if kind.startswith("*") else "int32") for name, kind in variant.parameters]
     parameters = tuple(declared + scratch_parameters)
@@ -173,6 +177,15 @@ def _compile(variant: Any, arch: int) -> Artifact:
         grid_z=variant.grid.z,
         **usage,
     )
+
+
+def _with_register_limit(ptx: str, threads: int) -> str:
+    """The PTX with as many blocks per SM asked for as leave MAX_REGISTERS to every thread.
+
+    Without a number ptxas picks one itself, and may spill a register or two to reach it.
+    """
+    blocks = 65536 // (MAX_REGISTERS * threads)
+    return re.sub(r"^(\.reqntid .*)$", rf"\1\n.minnctapersm {blocks}", ptx, count=1, flags=re.MULTILINE)
 
 
 def _assemble(ptx: str) -> tuple[bytes, dict[str, int]]:

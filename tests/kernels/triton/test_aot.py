@@ -1,0 +1,208 @@
+"""Kernels built for GPUs that are not there: within the limits, the same bytes every time, cached."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from keysieve.errors import ConfigError
+from keysieve.kernels.triton.aot import ARCHITECTURES, PORTABLE, build
+from keysieve.kernels.triton.configuration import SCOPES, KernelConfiguration
+from keysieve.kernels.triton.report import MODELS, filled, limits_broken, occupancy
+from keysieve.kernels.triton.variants import variants
+
+ROOT = Path(__file__).parents[3]
+SMALL = KernelConfiguration(
+    layers=2, query_heads=4, kv_heads=2, head_dim=64, value_dim=64, rotary_dim=64, dtype="float16"
+)
+NAMES = ["score", "select_stats", "select_plan", "update"]
+SHAPES = [
+    {"head_dim": 64, "query_heads": 9, "kv_heads": 3},
+    {"head_dim": 80, "rotary_dim": 32},
+    {"head_dim": 96, "value_dim": 64},
+    {"head_dim": 128, "query_heads": 16, "kv_heads": 1},
+    {"head_dim": 256, "rotary_dim": 64, "query_heads": 16, "kv_heads": 1},
+    {"head_dim": 256},
+    {"head_dim": 8, "rotary_dim": 2},
+    {"head_dim": 256, "rotary_dim": 2},
+    {"head_dim": 64, "rotary_dim": 0},
+]
+
+
+def configuration(**changes):
+    head_dim = changes.get("head_dim", 128)
+    values = {"layers": 36, "query_heads": 32, "kv_heads": 8, "value_dim": head_dim, "rotary_dim": head_dim}
+    return KernelConfiguration(**{"head_dim": head_dim, "dtype": "bfloat16"} | values | changes)
+
+
+@pytest.fixture(scope="module")
+def built(kernel_cache):
+    return build(SMALL, (80, 90), kernel_cache)
+
+
+def test_every_kernel_for_every_architecture(built):
+    assert [(one.name, one.arch) for one in built] == [(name, arch) for arch in (80, 90) for name in NAMES]
+    for one in built:
+        assert one.cubin.startswith(b"\x7fELF")
+        assert f".entry {one.entry}(" in one.ptx
+        assert f".reqntid {32 * one.num_warps}" in one.ptx
+        assert not limits_broken(one)
+        assert 0 < occupancy(one) <= 1
+
+
+def test_parameters_are_those_of_the_ptx_with_two_null_pointers_behind(built):
+    for one in built:
+        declared = [name for name, _ in one.parameters]
+        assert declared == [name for name, _ in variants(SMALL)[one.name].parameters] + declared[-2:]
+        assert one.parameters[-2:] == (("global_scratch", "pointer"), ("profile_scratch", "pointer"))
+        for index in (len(declared) - 2, len(declared) - 1):  # declared, but never read
+            assert one.ptx.count(f"{one.entry}_param_{index}") == 1
+
+
+def test_no_tensor_core_and_no_path_in_the_code(built):
+    for one in built:
+        assert "mma" not in one.ptx
+        assert ".loc" not in one.ptx
+        assert ".file" not in one.ptx
+        for text in (one.ptx.encode(), one.cubin):
+            assert b"/tmp" not in text
+            assert str(ROOT).encode() not in text
+
+
+def test_the_portable_ptx_asks_for_the_oldest_version(built):
+    portable = built[0]
+    assert portable.arch == PORTABLE
+    assert portable.ptx_version == "8.0"
+    assert ".target sm_80\n" in portable.ptx
+
+
+def test_keys_are_read_sixteen_bytes_at_once(built):
+    score, update = built[0], built[3]
+    assert "ld.global.v4" in score.ptx
+    assert "ld.global.v4" in update.ptx
+    assert "st.global.v4" in update.ptx
+
+
+def test_the_same_bytes_in_another_process(built, tmp_path):
+    script = (
+        "from pathlib import Path; from keysieve.kernels.triton.aot import build; "
+        "from keysieve.kernels.triton.configuration import KernelConfiguration; "
+        f"build({SMALL!r}, (80, 90), Path('fresh'))"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    assert build(SMALL, (80, 90), tmp_path / "fresh") == built
+    assert len(list((tmp_path / "fresh").iterdir())) == 8
+
+
+def test_what_is_cached_is_not_built_again(built, kernel_cache, monkeypatch):
+    monkeypatch.setattr("keysieve.kernels.triton.aot._compile", lambda *_: pytest.fail("built again"))
+    assert build(SMALL, (80, 90), kernel_cache) == built
+    assert not list(kernel_cache.glob("*.part"))
+
+
+def test_another_configuration_is_another_cache_entry(built, kernel_cache, monkeypatch):
+    rebuilt = []
+
+    def instead(variant, arch):
+        rebuilt.append(variant.name)
+        return built[0]
+
+    monkeypatch.setattr("keysieve.kernels.triton.aot._compile", instead)
+    build(replace(SMALL, sinks=5), (80,), kernel_cache)
+    assert rebuilt == ["select_stats", "select_plan"]  # score and update know no sinks
+
+
+def test_grids():
+    grids = {name: variant.grid.of(batch=3, capacity=700) for name, variant in variants(configuration()).items()}
+    assert grids == {
+        "score": (3, 8, 108),
+        "select_stats": (32, 1, 108),
+        "select_plan": (8, 1, 108),
+        "update": (4, 16, 3),
+    }
+    assert variants(configuration(scope="union"))["select_plan"].grid.of(3, 700) == (1, 1, 3)
+    assert variants(configuration(value_dim=256))["update"].grid.of(1, 700) == (8, 16, 1)
+
+
+def test_an_unknown_architecture_is_refused():
+    with pytest.raises(ConfigError, match="architecture 75; choose from 80, 86, 89, 90, 100, 120"):
+        build(SMALL, (75,))
+
+
+def test_the_interpreter_is_refused(tmp_path):
+    script = (
+        "from pathlib import Path; from keysieve.kernels.triton.aot import build; "
+        "from keysieve.kernels.triton.configuration import KernelConfiguration; "
+        f"build({SMALL!r}, (80,), Path('x'))"
+    )
+    environment = {"PATH": "", "TRITON_INTERPRET": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert "ConfigError: Triton is set to its interpreter; unset TRITON_INTERPRET" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head_dim": 100}, "head_dim is 100; the GPU kernels take multiples of 8 up to 256"),
+        ({"head_dim": 264}, "head_dim is 264"),
+        ({"value_dim": 12}, "value_dim is 12"),
+        ({"rotary_dim": 130}, "rotary_dim is 130; it must be even and at most head_dim"),
+        ({"rotary_dim": 63}, "rotary_dim is 63"),
+        ({"query_heads": 12}, "12 query heads on 8 KV heads"),
+        ({"query_heads": 17, "kv_heads": 1}, "1 to 16 query heads"),
+        ({"dtype": "float64"}, "dtype is 'float64'; choose one of float16, bfloat16, float32"),
+        ({"policy": "best"}, "policy is 'best'"),
+        ({"scope": "global"}, "scope is 'global'"),
+        ({"layers": 0}, "layers is 0"),
+        ({"recent": -1}, "recent is -1"),
+    ],
+)
+def test_a_configuration_that_no_kernel_can_serve(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        configuration(**changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("title", MODELS)
+def test_limits_of_the_documented_models(title, kernel_cache):
+    broken = [line for one in build(MODELS[title], ARCHITECTURES, kernel_cache) for line in limits_broken(one)]
+    assert not broken
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "interleaved", "offsets"),
+    [("bfloat16", False, 1), ("bfloat16", True, 17), ("float32", False, 17), ("float32", True, 1)],
+)
+def test_limits_over_the_grid(shape, dtype, interleaved, offsets, kernel_cache):
+    model = configuration(**shape, dtype=dtype, interleaved=interleaved, offsets=offsets)
+    broken = [line for one in build(model, (80, 120), kernel_cache) for line in limits_broken(one)]
+    assert not broken
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("policy", "scope"),
+    [
+        ("key_norm", SCOPES[0]),
+        ("streaming", SCOPES[0]),
+        ("random", SCOPES[0]),
+        ("trig", SCOPES[1]),
+        ("trig", SCOPES[2]),
+    ],
+)
+def test_limits_of_policies_and_scopes(policy, scope, kernel_cache):
+    model = configuration(policy=policy, scope=scope)
+    broken = [line for one in build(model, ARCHITECTURES, kernel_cache) for line in limits_broken(one)]
+    assert not broken
+
+
+@pytest.mark.slow
+def test_the_document_holds_what_is_built(kernel_cache):
+    document = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    assert filled(document, kernel_cache) == document, "run `python -m keysieve.kernels.triton.report docs/kernels.md`"
