@@ -37,7 +37,7 @@ FLAGS = (
 )  # fmt: skip
 LINK_FLAGS = (
     "-shared", "-s", "-static-libstdc++", "-static-libgcc", "-Wl,-z,defs", "-Wl,-z,noexecstack", "-Wl,--build-id=none",
-    "-Wl,--exclude-libs,ALL",
+    "-Wl,--version-script={sources}/exports.map",
 )  # fmt: skip
 CACHE_TYPES = {"float16": "kHALF", "bfloat16": "kBF16", "float32": "kFLOAT"}
 
@@ -56,6 +56,7 @@ def build_library(
     configuration: KernelConfiguration,
     artifacts: Sequence[Artifact],
     output: Path,
+    aliased: bool = True,
     tensorrt_include: Path | None = None,
     cache: Path | None = None,
     compiler: str | None = None,
@@ -63,6 +64,8 @@ def build_library(
     """Write the shared library with the three plugins for `configuration` to `output`; returns it.
 
     artifacts: every kernel for every architecture, from keysieve.kernels.triton.aot; the PTX of PORTABLE goes along.
+    aliased: declare update's outputs as aliases of its inputs, so that one buffer is certain; without, TensorRT compiles
+    one graph instead of one per layer (a smaller plan), and is in place where input and output are bound to one buffer.
     tensorrt_include: folder of TensorRT's official headers, to compile against them instead of our declarations.
     cache: where compiled host code is kept between calls. compiler: g++ or clang++, found on PATH if not given.
     Raises ExportError where the compiler is missing or fails, or a kernel has no image.
@@ -73,15 +76,15 @@ def build_library(
     objects = _host_objects(compiler, _include_flags(tensorrt_include), cache or default_cache())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "generated.cpp").write_text(_generated(configuration, images))
+        (folder / "generated.cpp").write_text(_generated(configuration, images, aliased))
         (folder / "images.S").write_text(_assembly(len(images)))
         for index, image in enumerate(images):
             (folder / f"{index}.bin").write_bytes(image.data)
-        flags = [flag.format(sources=SOURCES) for flag in FLAGS]
+        flags, link = ([flag.format(sources=SOURCES) for flag in group] for group in (FLAGS, LINK_FLAGS))
         _run([compiler, *flags, "-I", str(SOURCES), "-c", "generated.cpp", "-o", "generated.o"], folder)
         _run([compiler, "-c", "images.S", "-o", "images.o"], folder)
         own = ["generated.o", "images.o"]
-        _run([compiler, *LINK_FLAGS, *map(str, objects), *own, "-o", "library.so", "-ldl", "-lpthread"], folder)
+        _run([compiler, *link, *map(str, objects), *own, "-o", "library.so", "-ldl", "-lpthread"], folder)
         output.parent.mkdir(parents=True, exist_ok=True)
         partial = output.with_name(f".{output.name}.{os.getpid()}")
         shutil.copy(folder / "library.so", partial)
@@ -198,7 +201,7 @@ def _run(command: list[str], folder: Path) -> None:
         raise ExportError(f"building the plugin library failed: {first}\ncommand: {' '.join(command)}")
 
 
-def _generated(configuration: KernelConfiguration, images: Sequence[_Image]) -> str:
+def _generated(configuration: KernelConfiguration, images: Sequence[_Image], aliased: bool) -> str:
     """C++ definitions of configuration.h's data."""
     c, text = configuration, json.dumps
     rows = []
@@ -215,21 +218,22 @@ def _generated(configuration: KernelConfiguration, images: Sequence[_Image]) -> 
         f'extern "C" {{\n{externs}}}\n\n'
         "namespace keysieve {\n\n"
         f"Configuration const configuration = {{{c.layers}, {c.query_heads}, {c.kv_heads}, {c.head_dim}, {c.value_dim}, "
-        f"{c.offsets}, {c.rotary_dim}, {int(c.interleaved)}, {c.sinks}, {c.recent}, {text(c.policy)}, {text(c.scope)}, "
+        f"{c.offsets}, {c.rotary_dim}, {int(c.interleaved)}, {c.sinks}, {c.recent}, {int(aliased)}, {text(c.policy)}, {text(c.scope)}, "
         f"nvinfer1::DataType::{CACHE_TYPES[c.dtype]}}};\n\n"
         f"Image const images[] = {{\n{''.join(rows)}}};\n"
         f"size_t const imageCount = {len(images)};\n"
-        f"char const* const description = {text(text(describe(configuration, images), sort_keys=True))};\n\n"
+        f"char const* const description = {text(text(describe(configuration, images, aliased), sort_keys=True))};\n\n"
         "} // namespace keysieve\n"
     )
 
 
-def describe(configuration: KernelConfiguration, images: Sequence[_Image]) -> dict[str, object]:
+def describe(configuration: KernelConfiguration, images: Sequence[_Image], aliased: bool) -> dict[str, object]:
     """What `keysieve_description` of the library returns, as a dict."""
     return {
         "keysieve": __version__,
         "nodes": {node.name: node.version for node in NODES},
         "configuration": asdict(configuration),
+        "aliased": aliased,
         "cubins": sorted({image.artifact.arch for image in images if not image.portable}),
         "exact": sorted({image.artifact.arch for image in images if image.exact}),
         "ptx": sorted({image.artifact.arch for image in images if image.portable}),

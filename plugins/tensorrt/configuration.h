@@ -19,6 +19,7 @@ struct Configuration {
     int32_t interleaved;
     int32_t sinks;
     int32_t recent;
+    int32_t aliased; // whether update declares its outputs to be its input caches
     char const* policy;
     char const* scope;
     nvinfer1::DataType cacheType;

@@ -36,6 +36,7 @@ Driver open() {
     find(library, "cuLibraryGetKernel", found.libraryGetKernel);
     find(library, "cuLaunchKernel", found.launch);
     find(library, "cuMemcpyHtoDAsync_v2", found.copyToDevice);
+    find(library, "cuMemcpyDtoDAsync_v2", found.copyOnDevice);
     find(library, "cuStreamIsCapturing", found.isCapturing);
     find(library, "cuMemAlloc_v2", found.allocate);
     find(library, "cuMemFree_v2", found.free);

@@ -23,6 +23,7 @@ struct Driver {
     Status (*launch)(Handle kernel, unsigned gridX, unsigned gridY, unsigned gridZ, unsigned blockX, unsigned blockY,
         unsigned blockZ, unsigned sharedBytes, Handle stream, void** parameters, void** extra);
     Status (*copyToDevice)(DevicePointer to, void const* from, size_t bytes, Handle stream);
+    Status (*copyOnDevice)(DevicePointer to, DevicePointer from, size_t bytes, Handle stream);
     Status (*isCapturing)(Handle stream, int* status);
     Status (*allocate)(DevicePointer* memory, size_t bytes);
     Status (*free)(DevicePointer memory);

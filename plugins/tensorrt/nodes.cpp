@@ -70,6 +70,14 @@ namespace update {
 
 int32_t aliasedInput(int32_t output) { return output == kKeyOut ? kKey : output == kValueOut ? kValue : -1; }
 
+size_t cacheBytes(Configuration const& built, Shape const& cache) {
+    size_t bytes = built.cacheType == DataType::kFLOAT ? 4 : 2;
+    for (int64_t size : cache) {
+        bytes *= static_cast<size_t>(size);
+    }
+    return bytes;
+}
+
 Types inputTypes(Configuration const& built) {
     DataType const cache = built.cacheType;
     return {cache, cache, DataType::kINT32, DataType::kINT32, DataType::kINT32, cache, cache};

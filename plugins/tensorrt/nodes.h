@@ -22,6 +22,7 @@ namespace update {
 enum Input { kKeyNew, kValueNew, kLength, kPlan, kKeep, kKey, kValue, kInputs };
 enum Output { kKeyOut, kValueOut, kOutputs };
 int32_t aliasedInput(int32_t output);
+size_t cacheBytes(Configuration const& built, Shape const& cache);
 Types inputTypes(Configuration const& built);
 void check(Configuration const& built, std::vector<Shape> const& inputs, int32_t layer);
 Launch launch(std::vector<Shape> const& inputs, void const* const* in, void* const* out, int32_t layer);
