@@ -20,6 +20,7 @@ import onnx
 import onnx_ir as ir
 
 from keysieve.errors import ExportError
+from keysieve.kernels.triton.configuration import MAX_CAPACITY
 from keysieve.plugins.contract import DOMAIN, NODES, UPDATE
 
 PARSER_MODEL = "model.tensorrt.onnx"
@@ -27,6 +28,7 @@ LIBRARY = "libkeysieve_tensorrt.so"
 RTX_MODULE, TENSORRT_MODULE = "tensorrt_rtx", "tensorrt"
 RTX_ARCHITECTURES = (80, 86, 89, 120)
 FOLD_LIMIT = 64  # elements; shapes and axes, never weights
+_CACHE_COPY = re.compile(r"Reformat.*\b(key|value)_\d")
 Report = Callable[[str, int, int], None]  # phase, steps done, steps in all
 
 
@@ -46,8 +48,10 @@ class Limits:
         for name in ("batch", "capacity", "chunk"):
             if getattr(self, name) < 1:
                 raise ExportError(f"{name} is {getattr(self, name)}; an engine needs at least 1")
-        if self.capacity > 65536:
-            raise ExportError(f"capacity {self.capacity} is beyond the 65,536 rows that the GPU kernels address; lower it")
+        if self.capacity > MAX_CAPACITY:
+            raise ExportError(
+                f"capacity {self.capacity} is beyond the {MAX_CAPACITY:,} rows that the GPU kernels address"
+            )
         if self.chunk > self.capacity:
             raise ExportError(f"chunk {self.chunk} is more than capacity {self.capacity}; lower the chunk")
         if self.typical is not None and not 1 <= self.typical <= self.capacity:
@@ -63,6 +67,18 @@ class Limits:
             "decode": {**common, "tokens": (1, 1, 1), "wanted": (0, 1, 1)},
             "prefill": {**common, "tokens": (1, self.chunk, self.chunk), "wanted": (0, 1, self.chunk)},
         }
+
+    def shapes(self, model: Path) -> list[dict[str, list[tuple[int, ...]]]]:
+        """For each profile, of every input of the ONNX file `model`: least, typical and greatest shape."""
+        inputs = onnx.load(str(model), load_external_data=False).graph.input
+        named = {i.name: [size.dim_param or size.dim_value for size in i.type.tensor_type.shape.dim] for i in inputs}
+        return [
+            {
+                name: list(zip(*(bounds.get(size, (size,) * 3) for size in sizes), strict=True))
+                for name, sizes in named.items()
+            }
+            for bounds in self.profiles().values()
+        ]
 
 
 @dataclass(frozen=True)
@@ -153,17 +169,19 @@ def build_rtx_plan(
     trt = import_rtx()
     known = {name[2:]: value for name, value in trt.ComputeCapability.__members__.items() if name.startswith("SM")}
     if str(architecture) not in known:
-        raise ExportError(f"TensorRT-RTX {trt.__version__} builds for SM {', '.join(sorted(known, key=int))}, not {architecture}")
+        raise ExportError(
+            f"TensorRT-RTX {trt.__version__} builds for SM {', '.join(sorted(known, key=int))}, not {architecture}"
+        )
     check_library(library, [architecture])
     return _build(trt, model, library, output, architecture, limits, report)
 
 
-def build_tensorrt_plan(
-    model: Path, library: Path, output: Path, limits: Limits, report: Report | None = None
-) -> Plan:
+def build_tensorrt_plan(model: Path, library: Path, output: Path, limits: Limits, report: Report | None = None) -> Plan:
     """The same with ordinary TensorRT, for the GPU of this machine; untested without one."""
     if find_spec(TENSORRT_MODULE) is None:
-        raise ExportError("ordinary TensorRT is not installed (module tensorrt); `write_build_script` makes what builds elsewhere")
+        raise ExportError(
+            "ordinary TensorRT is not installed (module tensorrt); `write_kit` makes what builds elsewhere"
+        )
     import tensorrt as trt
 
     if not hasattr(trt, "IPluginV3OneBuildV2"):
@@ -179,7 +197,8 @@ def import_rtx() -> Any:
     """
     if find_spec(RTX_MODULE) is None or find_spec("tensorrt_rtx_libs") is None:
         raise ExportError(
-            "TensorRT-RTX is not installed; `pip install wheel` and then `pip install --no-build-isolation keysieve[tensorrt]`"
+            "TensorRT-RTX is not installed; `pip install wheel`, then "
+            "`pip install --no-build-isolation keysieve[tensorrt]`"
         )
     import tensorrt_rtx as trt
     import tensorrt_rtx_libs
@@ -206,7 +225,7 @@ def import_rtx() -> Any:
 
 
 def check_library(library: Path, architectures: Sequence[int]) -> dict[str, Any]:
-    """The description inside a plugin library, after checking that it is of this version and has these GPUs' kernels."""
+    """The description inside a plugin library, checked to be of this version and to have kernels for these GPUs."""
     if not library.is_file():
         raise ExportError(f"no plugin library at {library}; `keysieve plugin build` makes it")
     try:
@@ -218,15 +237,15 @@ def check_library(library: Path, architectures: Sequence[int]) -> dict[str, Any]
     nodes = {node.name: node.version for node in NODES}
     if described["nodes"] != nodes:
         raise ExportError(
-            f"plugin library {library} implements {described['nodes']}, this keysieve exports {nodes}; build it again with "
-            "`keysieve plugin build`"
+            f"plugin library {library} implements {described['nodes']}, this keysieve exports {nodes}; build it again "
+            "with `keysieve plugin build`"
         )
     for architecture in architectures:
         cubin = any(_cubin_runs(built, architecture, built in described["exact"]) for built in described["cubins"])
         if not cubin and not any(built <= architecture for built in described["ptx"]):
             raise ExportError(
-                f"plugin library {library} has kernels for sm_{', sm_'.join(map(str, described['cubins']))} and no PTX that "
-                f"sm_{architecture} can run; build it again with `--arch {architecture}`"
+                f"plugin library {library} has kernels for sm_{', sm_'.join(map(str, described['cubins']))} and no PTX "
+                f"that sm_{architecture} can run; build it again with `--arch {architecture}`"
             )
     return described
 
@@ -252,24 +271,24 @@ def _build(
     finally:
         partial.unlink(missing_ok=True)
     layers = dict(re.findall(r"^Name: (.*?), LayerType: (\w+)", "".join(log.kept), re.MULTILINE))
-    names = [node.name for node in NODES]
+    ours = tuple(node.name for node in NODES)
+    copies = [layer for layer, kind in layers.items() if kind != "NoOp" and _CACHE_COPY.search(layer)]
     return Plan(
         path=output,
         architecture=architecture,
         seconds=time.perf_counter() - start,
         size=output.stat().st_size,
         layers=layers,
-        plugins=[layer for layer in layers if layer.startswith(tuple(names))],
+        plugins=[layer for layer in layers if layer.startswith(ours)],
         attention=[layer for layer in layers if "_mha_" in layer],
-        cache_copies=[
-            layer for layer, kind in layers.items() if "Reformat" in layer and re.search(r"\b(key|value)_\d", layer) and kind != "NoOp"
-        ],
+        cache_copies=copies,
     )
 
 
 def _serialise(
     trt: Any, log: Any, model: Path, library: Path, architecture: int, limits: Limits, report: Report | None
 ) -> Any:
+    _said_by(library)  # forget what was said before
     builder = trt.Builder(log)
     builder.get_plugin_registry().load_library(str(library.resolve()))
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -285,13 +304,10 @@ def _serialise(
     if architecture:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{architecture}"), 0)
-    dimensions = _dimensions(model)
-    for sizes in limits.profiles().values():
+    for shapes in limits.shapes(model):
         profile = builder.create_optimization_profile()
-        for index in range(network.num_inputs):
-            name = network.get_input(index).name
-            shapes = zip(*(sizes.get(size, (size,) * 3) for size in dimensions[name]), strict=True)
-            profile.set_shape(name, *shapes)
+        for name, bounds in shapes.items():
+            profile.set_shape(name, *bounds)
         config.add_optimization_profile(profile)
     monitor = _monitor(trt, report)
     config.progress_monitor = monitor
@@ -309,12 +325,6 @@ def _said_by(library: Path) -> str:
     loaded.keysieve_last_error.restype = ctypes.c_char_p
     said = (loaded.keysieve_last_error() or b"").decode(errors="replace")
     return f"; {said}" if said else ""
-
-
-def _dimensions(model: Path) -> dict[str, list[Any]]:
-    """Of every input: names of dynamic dimensions, and fixed sizes."""
-    inputs = onnx.load(str(model), load_external_data=False).graph.input
-    return {i.name: [size.dim_param or size.dim_value for size in i.type.tensor_type.shape.dim] for i in inputs}
 
 
 def _logger(trt: Any) -> Any:
@@ -362,30 +372,7 @@ def _monitor(trt: Any, report: Report | None) -> Any:
     return Monitor()
 
 
-# -- building elsewhere ------------------------------------------------------------------------------------------------
-
-
-def trtexec_line(model: Path, library: Path, limits: Limits, output: str = "model.plan") -> str:
-    """The command that builds the plan with ordinary TensorRT's trtexec, in the folder of `model`."""
-    shapes = {"min": [], "opt": [], "max": []}  # type: dict[str, list[str]]
-    lines = [
-        f"trtexec --onnx={model.name}",
-        f"--dynamicPlugins={library.name} --setPluginsToSerialize={library.name}",
-        "--stronglyTyped --preview=+aliasedPluginIO1003 --profilingVerbosity=detailed",
-    ]
-    for index, sizes in enumerate(limits.profiles().values()):
-        shapes = {
-            bound: [
-                f"{name}:" + "x".join(str(sizes[d][place] if d in sizes else d) for d in dims)
-                for name, dims in _dimensions(model).items()
-            ]
-            for place, bound in enumerate(("min", "opt", "max"))
-        }
-        lines.append(f"--profile={index} " + " ".join(f"--{bound}Shapes={','.join(s)}" for bound, s in shapes.items()))
-    return " \\\n  ".join([*lines, f"--saveEngine={output}"])
-
-
 __all__ = [
-    "Limits", "Plan", "build_rtx_plan", "build_tensorrt_plan", "check_library", "import_rtx", "trtexec_line",
+    "Limits", "Plan", "build_rtx_plan", "build_tensorrt_plan", "check_library", "import_rtx",
     "write_parser_model",
 ]  # fmt: skip

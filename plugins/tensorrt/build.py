@@ -64,8 +64,9 @@ def build_library(
     """Write the shared library with the three plugins for `configuration` to `output`; returns it.
 
     artifacts: every kernel for every architecture, from keysieve.kernels.triton.aot; the PTX of PORTABLE goes along.
-    aliased: declare update's outputs as aliases of its inputs, so that one buffer is certain; without, TensorRT compiles
-    one graph instead of one per layer (a smaller plan), and is in place where input and output are bound to one buffer.
+    aliased: declare update's outputs as aliases of its inputs, so that one buffer is certain. Without, TensorRT
+    compiles one graph instead of one per layer (a smaller plan), and update works in place where the caller binds input
+    and output to one buffer.
     tensorrt_include: folder of TensorRT's official headers, to compile against them instead of our declarations.
     cache: where compiled host code is kept between calls. compiler: g++ or clang++, found on PATH if not given.
     Raises ExportError where the compiler is missing or fails, or a kernel has no image.
@@ -102,7 +103,9 @@ def _check_artifacts(artifacts: Sequence[Artifact]) -> None:
     for artifact in artifacts:
         found = [name for name, _ in artifact.parameters]
         if found != [*PARAMETERS[artifact.name].split(), *SCRATCH]:
-            raise ExportError(f"kernel {artifact.name} has parameters {found}, the plugin passes {PARAMETERS[artifact.name]}")
+            raise ExportError(
+                f"kernel {artifact.name} has parameters {found}, the plugin passes {PARAMETERS[artifact.name]}"
+            )
 
 
 def _images(artifacts: Sequence[Artifact]) -> list[_Image]:
@@ -154,7 +157,7 @@ def _cuda_include() -> Path:
         if (candidate / "cuda_runtime_api.h").is_file():
             return candidate.resolve()
     raise ExportError(
-        "TensorRT's headers need cuda_runtime_api.h, and neither nvcc on PATH nor the wheel nvidia-cuda-runtime has it; "
+        "TensorRT's headers need cuda_runtime_api.h, which neither nvcc on PATH nor the wheel nvidia-cuda-runtime has; "
         "install one, or build without the official headers"
     )
 
@@ -204,6 +207,9 @@ def _run(command: list[str], folder: Path) -> None:
 def _generated(configuration: KernelConfiguration, images: Sequence[_Image], aliased: bool) -> str:
     """C++ definitions of configuration.h's data."""
     c, text = configuration, json.dumps
+    sizes = [c.layers, c.query_heads, c.kv_heads, c.head_dim, c.value_dim, c.offsets, c.rotary_dim]
+    options = [int(c.interleaved), c.sinks, c.recent, int(aliased), text(c.policy), text(c.scope)]
+    values = [*sizes, *options, f"nvinfer1::DataType::{CACHE_TYPES[c.dtype]}"]
     rows = []
     for index, image in enumerate(images):
         a = image.artifact
@@ -217,9 +223,7 @@ def _generated(configuration: KernelConfiguration, images: Sequence[_Image], ali
         '#include "configuration.h"\n\n'
         f'extern "C" {{\n{externs}}}\n\n'
         "namespace keysieve {\n\n"
-        f"Configuration const configuration = {{{c.layers}, {c.query_heads}, {c.kv_heads}, {c.head_dim}, {c.value_dim}, "
-        f"{c.offsets}, {c.rotary_dim}, {int(c.interleaved)}, {c.sinks}, {c.recent}, {int(aliased)}, {text(c.policy)}, {text(c.scope)}, "
-        f"nvinfer1::DataType::{CACHE_TYPES[c.dtype]}}};\n\n"
+        f"Configuration const configuration = {{{', '.join(map(str, values))}}};\n\n"
         f"Image const images[] = {{\n{''.join(rows)}}};\n"
         f"size_t const imageCount = {len(images)};\n"
         f"char const* const description = {text(text(describe(configuration, images, aliased), sort_keys=True))};\n\n"
@@ -246,6 +250,12 @@ def _assembly(count: int) -> str:
     lines = ['    .section .note.GNU-stack,"",%progbits', "    .section .rodata"]
     for index in range(count):
         name = f"image_{index}"
-        lines += [f"    .global {name}", f"    .hidden {name}", "    .balign 64", f"{name}:", f'    .incbin "{index}.bin"']
+        lines += [
+            f"    .global {name}",
+            f"    .hidden {name}",
+            "    .balign 64",
+            f"{name}:",
+            f'    .incbin "{index}.bin"',
+        ]
         lines += ["    .byte 0"]
     return "\n".join(lines) + "\n"

@@ -23,7 +23,7 @@ def read_configuration(model: Path) -> KernelConfiguration:
         graph = onnx.load(str(model), load_external_data=False).graph
     except (OSError, ValueError) as error:
         raise ExportError(f"{model} cannot be read: {error}") from error
-    except Exception as error:  # noqa: BLE001  (protobuf's DecodeError has no public home)
+    except Exception as error:
         raise ExportError(f"{model} is no ONNX file: {error}") from error
     found: dict[str, list[NodeProto]] = {node.name: [] for node in (UPDATE, SCORE, SELECT)}
     for node in graph.node:

@@ -18,5 +18,5 @@ KEYSIEVE_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder*) {}
 // What the library was built for, JSON; read before an engine is built.
 KEYSIEVE_EXPORT char const* keysieve_description() { return keysieve::description; }
 
-// The last error any plugin reported, or "".
-KEYSIEVE_EXPORT char const* keysieve_last_error() { return keysieve::lastError(); }
+// The last error any plugin reported since the last call, or "".
+KEYSIEVE_EXPORT char const* keysieve_last_error() { return keysieve::takeLastError(); }

@@ -39,10 +39,11 @@ void report(nvinfer1::IErrorRecorder* recorder, ErrorCode code, std::string cons
     }
 }
 
-char const* lastError() noexcept {
+char const* takeLastError() noexcept {
     std::lock_guard<std::mutex> const lock(mutex_);
     static thread_local char text[1024];
     std::snprintf(text, sizeof(text), "%s", last_.c_str());
+    last_.clear();
     return text;
 }
 

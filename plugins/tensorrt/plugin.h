@@ -18,7 +18,7 @@ constexpr int32_t kFailure = -1;
 
 // Tell everyone who may listen: stderr, TensorRT's error recorder if there is one, and keysieve_last_error().
 void report(nvinfer1::IErrorRecorder* recorder, nvinfer1::ErrorCode code, std::string const& message) noexcept;
-char const* lastError() noexcept;
+char const* takeLastError() noexcept; // and forget it; valid until the thread's next call
 
 class Plugin : public nvinfer1::IPluginV3,
                public nvinfer1::IPluginV3OneCore,

@@ -1,4 +1,4 @@
-"""The plugins' shape, dtype and alias functions in Python, made from the contract; the C++ ones are compared with these."""
+"""The plugins' shape, dtype and alias functions in Python, made from the contract; the C++ ones must agree."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

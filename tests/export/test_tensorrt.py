@@ -7,15 +7,16 @@ from types import SimpleNamespace
 
 import onnx
 import pytest
-from support.half_bundles import half_bundle
 
 from keysieve.errors import ConfigError, ExportError
 from keysieve.export import tensorrt as export
 from keysieve.export.tensorrt import LIBRARY, Limits, build_rtx_plan, check_library, write_parser_model
+from keysieve.export.tensorrt_kit import write_kit
 from keysieve.plugins.contract import DOMAIN, NODES
 from keysieve.plugins.tensorrt.build import build_library
 from keysieve.plugins.tensorrt.configuration import read_configuration
 from keysieve.plugins.tensorrt.twin import output_shapes
+from support.half_bundles import half_bundle
 
 LIMITS = Limits(batch=4, capacity=256, chunk=32)
 MODELS = ("llama", "qwen3", "gpt_neox", "cohere")
@@ -50,7 +51,9 @@ def test_tiny_plan(name: str, prepared: Callable[[str], tuple[Path, Path]], tmp_
     model, library = prepared(name)
     layers = sum(n.op_type == "KeySieveUpdate" for n in onnx.load(model, load_external_data=False).graph.node)
     steps: list[str] = []
-    plan = build_rtx_plan(model, library, tmp_path / "m.plan", 86, LIMITS, lambda phase, done, total: steps.append(phase))
+    plan = build_rtx_plan(
+        model, library, tmp_path / "m.plan", 86, LIMITS, lambda phase, done, total: steps.append(phase)
+    )
     content = plan.path.read_bytes()
     for node in NODES:
         assert node.name.encode() in content
@@ -152,9 +155,7 @@ def test_missing_tensorrt_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         export.build_tensorrt_plan(tmp_path, tmp_path, tmp_path, LIMITS)
 
 
-def test_parser_link_that_cannot_be_made_is_explained(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_parser_link_that_cannot_be_made_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
 
     def refuse(self: Path, target: str) -> None:
@@ -164,7 +165,7 @@ def test_parser_link_that_cannot_be_made_is_explained(
     monkeypatch.setattr(export, "find_spec", lambda name: object())
     monkeypatch.setattr(Path, "symlink_to", refuse)
     monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
-    with pytest.raises(ExportError, match="ln -s libtensorrt_rtx.so.1"):
+    with pytest.raises(ExportError, match=r"ln -s libtensorrt_rtx\.so\.1"):
         export.import_rtx()
 
 
@@ -190,3 +191,13 @@ def test_unsuitable_models_are_refused(root: Path, tmp_path: Path) -> None:
     onnx.save(proto, tmp_path / "odd.onnx")
     with pytest.raises(ConfigError, match="multiples of 8"):
         read_configuration(tmp_path / "odd.onnx")
+
+
+def test_kit_builds_elsewhere(root: Path) -> None:
+    model = write_parser_model(half_bundle("llama", root) / "model.onnx")
+    shell, script = write_kit(model, model.with_name(LIBRARY), LIMITS)
+    line = shell.read_text()
+    assert "--preview=+aliasedPluginIO1003" in line and f"--setPluginsToSerialize=./{LIBRARY}" in line
+    assert "--profile=0" in line and "key_2:1x2x128x16" in line and "input_ids:4x32" in line
+    compile(script.read_text(), str(script), "exec")
+    assert f"'input_ids': {[(1, 1), (1, 1), (4, 1)]!r}" in script.read_text()

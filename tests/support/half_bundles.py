@@ -1,13 +1,12 @@
-"""Tiny float16 bundles: the weights are rounded to float16 first, so that their statistics belong to the float16 model."""
+"""Tiny float16 bundles; weights are rounded to float16 first, so that the statistics belong to the same model."""
 
 from pathlib import Path
-
-from support.tiny_models import save_tiny, tiny_model
 
 from keysieve.compiler.calibrate import calibrate
 from keysieve.compiler.compile import compile
 from keysieve.compiler.config import CompileConfig, EvictionConfig
 from keysieve.compiler.progress import Progress
+from support.tiny_models import save_tiny, tiny_model
 
 EVICTION = EvictionConfig(budget=48, interval=16, sinks=2, recent=8)
 QUIET = Progress(quiet=True)

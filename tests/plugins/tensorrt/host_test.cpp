@@ -274,7 +274,7 @@ void updateLaunches() {
     failLaunch = 719;
     EXPECT(runtime(attached).enqueue(in.data(), nullptr, inputs, outputs, nullptr, nullptr) != 0);
     EXPECT(contains(recorder.text, "KeySieveUpdate of layer 'the layer': cuLaunchKernel of update failed: CUDA_ERROR_FAKE"));
-    EXPECT(contains(lastError(), "(made up)"));
+    EXPECT(contains(takeLastError(), "(made up)"));
     failLaunch = kSuccess;
 
     auto empty = kUpdate;
@@ -323,7 +323,7 @@ void scoreKeepsTables() {
         inputs[7] = at(other);
         status = step();
     }
-    EXPECT(status != 0 && contains(lastError(), "64 different sets of cache buffers"));
+    EXPECT(status != 0 && contains(takeLastError(), "64 different sets of cache buffers"));
     delete attached;
     EXPECT(live == 0);
     delete plugin;
@@ -352,14 +352,14 @@ void selectLaunches() {
 
 void fieldsAreChecked() {
     Fields none;
-    EXPECT(make(updateCreator(), none) == nullptr && contains(lastError(), "attribute layer is missing"));
+    EXPECT(make(updateCreator(), none) == nullptr && contains(takeLastError(), "attribute layer is missing"));
     Fields text;
     text.add("layer", std::string("2"));
-    EXPECT(make(updateCreator(), text) == nullptr && contains(lastError(), "attribute layer must be one int32"));
+    EXPECT(make(updateCreator(), text) == nullptr && contains(takeLastError(), "attribute layer must be one int32"));
     Fields version;
     version.add("layer", 1);
     version.add("plugin_version", std::string("9"));
-    EXPECT(make(updateCreator(), version) == nullptr && contains(lastError(), "plugin_version 9"));
+    EXPECT(make(updateCreator(), version) == nullptr && contains(takeLastError(), "plugin_version 9"));
     EXPECT(as(updateCreator()).createPlugin("x", nullptr, nvinfer1::TensorRTPhase::kBUILD) == nullptr);
 
     Fields fields = scoreFields();
