@@ -103,6 +103,7 @@ def test_a_round_moves_hardly_more_than_the_rows_it_must():
     assert total <= 1.1 * least, f"{total / least:.3f} times the least: {traffic}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("score", "select_stats", "select_plan", "update"))
 def test_every_mistake_in_the_ptx_is_noticed(artifacts, name):
     """One barrier less, one guard turned round, or one comparison turned round: an error or a wrong result."""
