@@ -4,7 +4,7 @@ Everything in them is counted or reported by the assembler; nothing is measured,
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from keysieve.kernels.triton.aot import ARCHITECTURES, MAX_REGISTERS, PORTABLE, Artifact, build
@@ -116,12 +116,11 @@ def round_bytes(model: KernelConfiguration, work: Round = ROUND) -> str:
     return "\n".join(text)
 
 
-def sections(cache: Path | None = None) -> dict[str, Callable[[], str]]:
+def sections(cache: Path | None = None) -> dict[str, str]:
     """The generated sections of the document, by the name in their markers."""
-    models = list(MODELS.items())
-    found: dict[str, Callable[[], str]] = {"round": lambda: round_bytes(models[0][1])}
-    for number, (title, model) in enumerate(models, 1):
-        found[f"resources {number}"] = lambda title=title, model=model: f"{title}:\n\n{resources(model, cache)}"
+    found = {"round": round_bytes(next(iter(MODELS.values())))}
+    for number, (title, model) in enumerate(MODELS.items(), 1):
+        found[f"resources {number}"] = f"{title}:\n\n{resources(model, cache)}"
     return found
 
 
@@ -132,7 +131,7 @@ def filled(document: str, cache: Path | None = None) -> str:
         if document.count(begin) != 1 or document.count(end) != 1:
             raise ValueError(f"the document needs the lines {begin.strip()} and {end} exactly once")
         before, rest = document.split(begin)
-        document = before + begin + section() + "\n" + end + rest.split(end)[1]
+        document = before + begin + section + "\n" + end + rest.split(end)[1]
     return document
 
 

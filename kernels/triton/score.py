@@ -4,6 +4,9 @@ A program takes BLOCK rows of one KV head of one sequence of one layer, TILE row
 once, whatever the number of query heads and offsets, and multiplies and sums in float32 without tensor cores.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Triton compiles these functions; their values have no types of Python.
+
 import triton
 import triton.language as tl
 
@@ -46,7 +49,7 @@ def _hash(position, row, head, layer):
     return tl.math.div_rn(x.to(tl.float32), 65521.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "capacity"])
 def score_kernel(
     keys,  # int64 [L]: the address of each layer's cache [B, Hkv, C, D]
     centre,  # float32 [L, B, Hq, J, D]

@@ -4,6 +4,9 @@ Two launches: the statistics of every query head, then one program per plan, whi
 rank of the last row that stays by a search over its 32 bits, and lists the rows in ascending order.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Triton compiles these functions; their values have no types of Python.
+
 import triton
 import triton.language as tl
 
@@ -18,7 +21,7 @@ def _usable(scores, row, held, front, recent: tl.constexpr):
     return score, tl.abs(score) < float("inf")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "capacity"])
 def select_stats_kernel(
     scores,  # float32 [L, B, Hq, C]
     length,  # int32 [B]
@@ -88,7 +91,7 @@ def _ascending_bits(value):
     return tl.where(bits < sign, bits | sign, ~bits)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "capacity"])
 def select_plan_kernel(
     scores,  # float32 [L, B, Hq, C]
     stats,  # float32 [L, B, Hq, 4], from select_stats_kernel

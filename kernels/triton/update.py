@@ -3,11 +3,14 @@
 A program owns CHUNK columns of the keys or of the values of one KV head, so no other program touches them.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Triton compiles these functions; their values have no types of Python.
+
 import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "capacity", "tokens", "plan_layers", "layer"])
 def update_kernel(
     key_new,  # [B, Hkv, S, D]
     value_new,  # [B, Hkv, S, Dv]

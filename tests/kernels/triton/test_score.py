@@ -1,4 +1,4 @@
-"""The score kernel in Triton's interpreter against the reference in float64."""
+"""The score kernel, in Triton's interpreter and on a GPU, against the reference in float64."""
 
 import pytest
 import torch
@@ -45,9 +45,9 @@ def expected(model, given):
     )
 
 
-def check(interpreted, model, given):
+def check(kernels, model, given):
     """Held rows of due sequences within 1e-5 of the largest score of the head; all else left alone."""
-    found, _ = interpreted("score", model, **given)
+    found, _ = kernels("score", model, **given)
     want = expected(model, given)
     due = given["length"] >= given["limit"]
     written = (due[:, None] & (torch.arange(want.shape[-1]) < given["length"][:, None]))[None, :, None]
@@ -78,46 +78,46 @@ def check(interpreted, model, given):
     ],
     ids=str,
 )
-def test_trig(interpreted, changes):
+def test_trig(kernels, changes):
     model = configuration(**{"layers": 1} | changes)
-    check(interpreted, model, inputs(model, length=[90], limit=[90], capacity=101))
+    check(kernels, model, inputs(model, length=[90], limit=[90], capacity=101))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_several_blocks_layers_and_sequences(interpreted, dtype):
+def test_several_blocks_layers_and_sequences(kernels, dtype):
     model = configuration(dtype=dtype)
-    check(interpreted, model, inputs(model, length=[150, 263], limit=[150, 1], capacity=267))
+    check(kernels, model, inputs(model, length=[150, 263], limit=[150, 1], capacity=267))
 
 
 @pytest.mark.parametrize("policy", ["key_norm", "streaming", "random"])
 @pytest.mark.parametrize("head_dim", [80, 128])
-def test_other_policies(interpreted, policy, head_dim):
+def test_other_policies(kernels, policy, head_dim):
     model = configuration(policy=policy, head_dim=head_dim, dtype="bfloat16", query_heads=6)
-    check(interpreted, model, inputs(model, length=[260, 70], limit=[2, 3], capacity=301))
+    check(kernels, model, inputs(model, length=[260, 70], limit=[2, 3], capacity=301))
 
 
 @pytest.mark.parametrize("policy", ["random", "streaming"])
-def test_policies_without_keys_are_exact(interpreted, policy):
+def test_policies_without_keys_are_exact(kernels, policy):
     model = configuration(policy=policy)
     given = inputs(model, length=[300], limit=[1], capacity=300)
-    found, _ = interpreted("score", model, **given)
+    found, _ = kernels("score", model, **given)
     assert torch.equal(found, expected(model, given).float())
 
 
 @pytest.mark.parametrize(
     ("length", "limit"), [([0, 1], [0, 1]), ([9, 8, 10], [10, 8, 11]), ([5, 5, 5], [6, 6, 6]), ([64, 65], [1, 1])]
 )
-def test_lengths_and_due_flags(interpreted, length, limit):
+def test_lengths_and_due_flags(kernels, length, limit):
     model = configuration(dtype="float16")
-    check(interpreted, model, inputs(model, length, limit, capacity=70))
+    check(kernels, model, inputs(model, length, limit, capacity=70))
 
 
-def test_keys_that_are_not_finite_or_negative_zero(interpreted):
+def test_keys_that_are_not_finite_or_negative_zero(kernels):
     model = configuration(offsets=2)
     given = inputs(model, length=[40], limit=[1], capacity=40)
     key = given["keys"][0]
     key[..., 3, :], key[..., 4, :] = -0.0, 0.0
     key[..., 5, 1], key[..., 6, 2], key[..., 7, 3] = torch.nan, torch.inf, -torch.inf
     key[..., 8, 1], key[..., 8, 40] = torch.inf, torch.inf
-    check(interpreted, model, given)
+    check(kernels, model, given)

@@ -1,4 +1,4 @@
-"""The select kernels in Triton's interpreter: the very plan of the reference."""
+"""The select kernels, in Triton's interpreter and on a GPU: the very plan of the reference."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def ints(values):
     return torch.tensor(values, dtype=torch.int32)
 
 
-def check(interpreted, model, scores, length, budget, limit=None, pinned=None):
+def check(kernels, model, scores, length, budget, limit=None, pinned=None):
     given = {
         "scores": scores,
         "length": ints(length),
@@ -25,7 +25,7 @@ def check(interpreted, model, scores, length, budget, limit=None, pinned=None):
         "budget": ints(budget),
         "pinned": ints(pinned or [0] * len(length)),
     }
-    (plan, keep, evicted), _ = interpreted("select", model, **given)
+    (plan, keep, evicted), _ = kernels("select", model, **given)
     want = select(**given, scope=model.scope, kv_heads=model.kv_heads, sinks=model.sinks, recent=model.recent)
     assert torch.equal(keep, want[1])
     assert torch.equal(evicted, want[2])
@@ -40,34 +40,34 @@ def random_scores(model, batch, capacity):
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize(("query_heads", "kv_heads"), [(2, 2), (6, 2), (16, 1)])
-def test_random_scores(interpreted, scope, query_heads, kv_heads):
+def test_random_scores(kernels, scope, query_heads, kv_heads):
     model = configuration(scope=scope, query_heads=query_heads, kv_heads=kv_heads)
-    check(interpreted, model, random_scores(model, 1, 333), length=[300], budget=[200])
+    check(kernels, model, random_scores(model, 1, 333), length=[300], budget=[200])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scope", SCOPES)
-def test_batches(interpreted, scope):
+def test_batches(kernels, scope):
     model = configuration(scope=scope)
-    check(interpreted, model, random_scores(model, 3, 120), [110, 119, 90], [60, 31, 90], pinned=[0, 7, 40])
+    check(kernels, model, random_scores(model, 3, 120), [110, 119, 90], [60, 31, 90], pinned=[0, 7, 40])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scope", SCOPES)
-def test_several_blocks(interpreted, scope):
+def test_several_blocks(kernels, scope):
     model = configuration(scope=scope, layers=2, query_heads=2)
-    check(interpreted, model, random_scores(model, 1, 2300), length=[2176], budget=[2048])
+    check(kernels, model, random_scores(model, 1, 2300), length=[2176], budget=[2048])
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 7, 8, 49, 50, 51, 90])
-def test_lengths_around_the_budget(interpreted, length):
+def test_lengths_around_the_budget(kernels, length):
     model = configuration()
-    check(interpreted, model, random_scores(model, 1, 90), length=[length], budget=[50])
+    check(kernels, model, random_scores(model, 1, 90), length=[length], budget=[50])
 
 
-def test_one_due_of_three(interpreted):
+def test_one_due_of_three(kernels):
     model = configuration()
-    check(interpreted, model, random_scores(model, 3, 60), [50, 50, 50], [20, 20, 20], limit=[51, 50, 60])
+    check(kernels, model, random_scores(model, 3, 60), [50, 50, 50], [20, 20, 20], limit=[51, 50, 60])
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -87,20 +87,20 @@ def test_one_due_of_three(interpreted):
     ],
     ids=str,
 )
-def test_ties_and_special_values(interpreted, scope, values):
+def test_ties_and_special_values(kernels, scope, values):
     model = configuration(scope=scope, query_heads=2)
     # The same scores in every head: ties between heads are then exact, however the sums are rounded.
     pattern = torch.tensor(values)[torch.randint(len(values), (60,))]
-    check(interpreted, model, pattern.expand(model.layers, 1, 2, 60).contiguous(), length=[57], budget=[30])
+    check(kernels, model, pattern.expand(model.layers, 1, 2, 60).contiguous(), length=[57], budget=[30])
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_ranks_that_tie_but_for_rounding(interpreted, scope):
+def test_ranks_that_tie_but_for_rounding(kernels, scope):
     """Heads whose z-scores agree in all but the last bit: what is chosen instead is as good, to 1e-6."""
     model = configuration(scope=scope)
     scores = torch.randint(3, (2, 1, 4, 60)).float()
     given = {"scores": scores, "length": ints([60]), "limit": ints([0]), "budget": ints([30]), "pinned": ints([0])}
-    (plan, _, _), _ = interpreted("select", model, **given)
+    (plan, _, _), _ = kernels("select", model, **given)
     candidate = (torch.arange(60) >= model.sinks) & (torch.arange(60) < 60 - model.recent)
     z = standardise(scores.double(), candidate.expand_as(scores)).view(2, 1, 2, 2, 60).amax(3)
     ranks = {"per_layer_per_head": z, "per_head": z.mean(0, keepdim=True), "union": z.amax((0, 2), keepdim=True)}[scope]
@@ -110,20 +110,20 @@ def test_ranks_that_tie_but_for_rounding(interpreted, scope):
     assert torch.allclose(kept.sort(descending=True).values, ranks.sort(descending=True).values[..., :30], atol=1e-6)
 
 
-def test_ties_across_blocks_take_the_lowest_rows(interpreted):
+def test_ties_across_blocks_take_the_lowest_rows(kernels):
     model = configuration(query_heads=2, layers=1)
     scores = torch.zeros(1, 1, 2, 2500)
     scores[..., 1500:1600] = 1.0
-    check(interpreted, model, scores, length=[2400], budget=[1400])
+    check(kernels, model, scores, length=[2400], budget=[1400])
 
 
 @pytest.mark.parametrize("budget", [0, 1, 6, 7, 60, 100])
-def test_budgets_below_the_protected_rows_and_above_the_length(interpreted, budget):
+def test_budgets_below_the_protected_rows_and_above_the_length(kernels, budget):
     model = configuration()
-    check(interpreted, model, random_scores(model, 1, 60), length=[55], budget=[budget])
+    check(kernels, model, random_scores(model, 1, 60), length=[55], budget=[budget])
 
 
 @pytest.mark.parametrize(("sinks", "recent", "pinned"), [(0, 0, 0), (0, 0, 13), (4, 0, 2), (0, 60, 0), (3, 9, 70)])
-def test_protected_rows(interpreted, sinks, recent, pinned):
+def test_protected_rows(kernels, sinks, recent, pinned):
     model = configuration(sinks=sinks, recent=recent)
-    check(interpreted, model, random_scores(model, 1, 60), length=[55], budget=[25], pinned=[pinned])
+    check(kernels, model, random_scores(model, 1, 60), length=[55], budget=[25], pinned=[pinned])

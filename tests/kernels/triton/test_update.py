@@ -1,4 +1,4 @@
-"""The update kernel in Triton's interpreter: in place, every byte as the reference's."""
+"""The update kernel, in Triton's interpreter and on a GPU: in place, every byte as the reference's."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def random_plan(model, length, keep, capacity):
     return plan
 
 
-def check(interpreted, model, length, keep, tokens, capacity, layer=1, plan=None):
+def check(kernels, model, length, keep, tokens, capacity, layer=1, plan=None):
     batch = len(length)
     heads = (batch, model.kv_heads)
     given = {
@@ -44,7 +44,7 @@ def check(interpreted, model, length, keep, tokens, capacity, layer=1, plan=None
         "value": some_bits(model.dtype, *heads, capacity, model.value_dim),
         "layer": layer,
     }
-    _, after = interpreted("update", model, **given)
+    _, after = kernels("update", model, **given)
     # As integers: torch quiets signalling NaNs when it copies 16-bit floats.
     bits = BITS[model.dtype]
     legal = given | {name: given[name].view(bits) for name in ("key_new", "value_new", "key", "value")}
@@ -55,37 +55,37 @@ def check(interpreted, model, length, keep, tokens, capacity, layer=1, plan=None
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-def test_dtypes_and_head_dims(interpreted, dtype, head_dim):
+def test_dtypes_and_head_dims(kernels, dtype, head_dim):
     model = configuration(dtype=dtype, head_dim=head_dim, value_dim=head_dim, kv_heads=1)
-    check(interpreted, model, length=[70, 64], keep=[40, -1], tokens=3, capacity=75)
+    check(kernels, model, length=[70, 64], keep=[40, -1], tokens=3, capacity=75)
 
 
 @pytest.mark.parametrize("scope", ["per_layer_per_head", "per_head", "union"])
 @pytest.mark.parametrize("layer", [0, 1])
-def test_plans_of_every_scope(interpreted, scope, layer):
+def test_plans_of_every_scope(kernels, scope, layer):
     model = configuration(scope=scope)
-    check(interpreted, model, length=[50, 60], keep=[30, 59], tokens=2, capacity=64, layer=layer)
+    check(kernels, model, length=[50, 60], keep=[30, 59], tokens=2, capacity=64, layer=layer)
 
 
 @pytest.mark.parametrize(("length", "keep"), [(600, 550), (600, 256), (600, 257), (513, 512)])
-def test_several_tiles(interpreted, length, keep):
-    check(interpreted, configuration(kv_heads=1), [length], [keep], tokens=5, capacity=620)
+def test_several_tiles(kernels, length, keep):
+    check(kernels, configuration(kv_heads=1), [length], [keep], tokens=5, capacity=620)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 300])
-def test_numbers_of_new_rows(interpreted, tokens):
-    check(interpreted, configuration(), [40, 41, 0], [-1, 20, -1], tokens, capacity=341)
+def test_numbers_of_new_rows(kernels, tokens):
+    check(kernels, configuration(), [40, 41, 0], [-1, 20, -1], tokens, capacity=341)
 
 
-def test_values_of_another_head_dim(interpreted):
-    check(interpreted, configuration(head_dim=96, value_dim=40), [40, 41], [-1, 20], tokens=2, capacity=43)
+def test_values_of_another_head_dim(kernels):
+    check(kernels, configuration(head_dim=96, value_dim=40), [40, 41], [-1, 20], tokens=2, capacity=43)
 
 
-def test_a_plan_that_changes_nothing_and_one_that_drops_the_first_row(interpreted):
+def test_a_plan_that_changes_nothing_and_one_that_drops_the_first_row(kernels):
     model = configuration(scope="union")
     plan = torch.stack([torch.arange(50), torch.arange(50) + 1]).to(torch.int32)[None, :, None]
-    check(interpreted, model, [50, 50], [45, 49], tokens=1, capacity=50, plan=plan)
+    check(kernels, model, [50, 50], [45, 49], tokens=1, capacity=50, plan=plan)
 
 
-def test_a_plan_that_keeps_no_row(interpreted):
-    check(interpreted, configuration(), [10], [0], tokens=2, capacity=20)
+def test_a_plan_that_keeps_no_row(kernels):
+    check(kernels, configuration(), [10], [0], tokens=2, capacity=20)

@@ -1,4 +1,4 @@
-"""Triton's interpreter in a process of its own, since Triton chooses between it and a GPU at import."""
+"""The kernels in Triton's interpreter, in a process of its own since Triton chooses it at import, and on a GPU."""
 
 import io
 import multiprocessing
@@ -44,3 +44,21 @@ def _packed(value):
 
 def _unpacked(data):
     return torch.load(io.BytesIO(data), weights_only=True)
+
+
+def on_gpu(name, model, **arguments):
+    """What the interpreter's call returns, from the GPU of this machine."""
+    from keysieve.kernels.triton import launch
+
+    there = _moved(arguments, "cuda")
+    result = getattr(launch, name)(model, **there)
+    torch.cuda.synchronize()
+    return _moved((result, there), "cpu")
+
+
+def _moved(value, device):
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(one, device) for key, one in value.items()}
+    return type(value)(_moved(one, device) for one in value) if isinstance(value, list | tuple) else value
