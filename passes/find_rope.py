@@ -9,9 +9,12 @@ if the result is a rotation of dim pairs by an angle proportional to the positio
 whatever the model's code looks like.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from keysieve.passes.graph import Graph
 from keysieve.passes.result import Attention, Found, Miss, RopeAttention
@@ -45,10 +48,11 @@ def find_rope(graph: Graph, attentions: list[Attention]) -> Found[RopeAttention]
     data = graph.depends_on([graph.inputs["input_ids"]])
     positional = graph.depends_on([graph.inputs["position_ids"]])
     found: Found[RopeAttention] = Found([])
+    probed: dict[Any, RopeForm] = {}
     for attention in attentions:
         try:
-            query_pre, query_form = _trace(graph, attention.query, data, positional)
-            key_pre, key_form = _trace(graph, attention.key, data, positional)
+            query_pre, query_form = _trace(graph, attention.query, data, positional, probed)
+            key_pre, key_form = _trace(graph, attention.key, data, positional, probed)
             _same_form(attention, query_form, key_form)
         except _NoRope as miss:
             found.misses.append(Miss(attention.layer, miss.node.name, miss.reason))
@@ -57,15 +61,23 @@ def find_rope(graph: Graph, attentions: list[Attention]) -> Found[RopeAttention]
     return found
 
 
-def _trace(graph: Graph, post: Node, data: set[Node], positional: set[Node]) -> tuple[Node, RopeForm]:
-    """Walk up from a rotated tensor [B,H,S,D] to the tensor before RoPE; returns it and the verified form."""
+def _trace(
+    graph: Graph, post: Node, data: set[Node], positional: set[Node], probed: dict[Any, RopeForm]
+) -> tuple[Node, RopeForm]:
+    """Walk up from a rotated tensor [B,H,S,D] to the tensor before RoPE; returns it and the verified form.
+
+    probed: forms by subgraph, so that layers with the very same operations are evaluated once.
+    """
     order = {node: index for index, node in enumerate(graph.fx.nodes)}
     frontier, products, reason = {post}, 0, ""
     while True:
         node = max(frontier, key=order.__getitem__)
         if len(frontier) == 1 and products:
             try:
-                return node, probe(graph, node, post)
+                signature = _signature(graph, node, post)
+                if signature not in probed:
+                    probed[signature] = probe(graph, node, post)
+                return node, probed[signature]
             except _NoRope as refused:
                 reason = refused.reason  # perhaps a later scale by position; the rotation may still be above
         if node.op == "placeholder" or node.target in PROJECTIONS:
@@ -79,6 +91,20 @@ def _trace(graph: Graph, post: Node, data: set[Node], positional: set[Node]) -> 
         frontier.update(i for i in inputs if i in data)
         if not frontier:
             raise _NoRope(node, "the attention's input does not depend on the tokens")
+
+
+def _signature(graph: Graph, pre: Node, post: Node) -> Any:
+    """Equal for subgraphs of the same operations on the same tables, whatever their nodes are called."""
+    names: dict[Node, Any] = {pre: ("pre", *map(str, graph.shape(pre)))}
+    operations: list[tuple[str, str]] = []
+    for node in graph.ancestors([post], stop=[pre]):
+        if node.op == "placeholder":
+            names[node] = node.name
+            continue
+        names[node] = len(operations)
+        arguments = map_arg((node.args, node.kwargs), names.__getitem__)
+        operations.append((str(node.target), repr(arguments)))
+    return tuple(operations)
 
 
 def probe(graph: Graph, pre: Node, post: Node) -> RopeForm:
