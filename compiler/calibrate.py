@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,7 +18,6 @@ from keysieve.compiler.statistics import QueryMoments, Statistics
 from keysieve.compiler.text import iter_texts, text_sha256, token_chunks
 from keysieve.errors import ConfigError, StatisticsError
 from keysieve.passes.graph import Graph
-
 
 CHUNK = 1024  # tokens of one forward pass; every chunk is a sequence of its own
 SAVE_EVERY = 16  # chunks
@@ -55,7 +53,7 @@ def calibrate(
     model_identity = {**identity(loaded), **model_sizes(matched)}
     resumed = _resume(output, model_identity, matched, text_hash, max_tokens, chunk)
     done = resumed.tokens if resumed else 0
-    if resumed and (done >= max_tokens or done == resumed.tokens_planned < max_tokens and done % chunk):
+    if resumed and (done >= max_tokens or (done == resumed.tokens_planned < max_tokens and done % chunk)):
         return resumed
     chunks = token_chunks(iter_texts(texts), tokenizer, chunk, max_tokens)
     with progress.stage("calibrate") as stage:

@@ -84,8 +84,8 @@ def compare(
     for budget in budgets:
         if longest < budget + int(eviction["interval"]):
             raise EngineError(
-                f"budget {budget} evicts nothing: the longest text has {longest:,} tokens, and the first eviction comes "
-                f"at {budget + int(eviction['interval']):,} rows; give longer texts or smaller budgets"
+                f"budget {budget} evicts nothing: the longest text has {longest:,} tokens, and the first eviction "
+                f"comes at {budget + int(eviction['interval']):,} rows; give longer texts or smaller budgets"
             )
     for text, tokens in zip(texts, read_texts, strict=True):
         with progress.stage(Path(text).name[:16]) as stage:

@@ -24,7 +24,7 @@ ELEMENTWISE = {
 
 
 def gather_logits(graph: Graph) -> None:
-    """Add input logits_at [B,N] int64 (indices into the S tokens of this step; N may be 0)."""
+    """Add input logits_at [B,N] int64 (indices into the S tokens of this step)."""
     batch = graph.shape(graph.inputs["input_ids"])[0]
     index = graph.input("logits_at", (batch, graph.symbol("N")), torch.int64)
     logits = graph.outputs["logits"]

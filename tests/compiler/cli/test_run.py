@@ -24,7 +24,7 @@ class FakeEngine:
         self.manifest = {"stop_tokens": [STOP]}
         self.tokenizer = SimpleNamespace(chat_template=template)
         self.counters = Counters(1, 2, 384, 24_576, [13], [260], [129], [3])
-        self.timing = Timing(prompt_tokens=10, prompt_seconds=0.5, new_tokens=4, decode_seconds=2.0)
+        self.timing = Timing(prompt_tokens=10, prompt_seconds=0.5, decoded_tokens=4, decode_seconds=2.0)
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.error = error
 
