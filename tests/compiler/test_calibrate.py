@@ -13,9 +13,12 @@ from safetensors.numpy import load_file, save_file
 from keysieve.compiler import calibrate as module
 from keysieve.compiler import statistics as statistics_file
 from keysieve.compiler.calibrate import calibrate
+from keysieve.compiler.model import identity
+from keysieve.compiler.pipeline import Matched, find, tap_graph
 from keysieve.compiler.progress import Progress
 from keysieve.compiler.text import iter_texts, text_sha256, token_chunks
 from keysieve.errors import ConfigError, StatisticsError
+from keysieve.passes.graph import Graph
 from support.bundles import CALIBRATION_TOKENS, tiny_folder, tiny_statistics
 from support.masked_reference import calibrate_by_hooks
 from support.tiny_models import DECODERS, TEXT, tiny_model, tiny_tokenizer
@@ -41,8 +44,26 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def mha(root: Path) -> Path:
-    return tiny_folder("llama_mha", root)
+def mha(root: Path) -> Iterator[Path]:
+    """A model that is captured and tapped once for all tests here, since each capture costs seconds."""
+    found: dict[str, Matched] = {}
+    graphs: dict[int, Graph] = {}
+
+    def find_once(model: Any, progress: Progress) -> Matched:
+        weights = str(identity(model)["weights_sha256"])
+        if weights not in found:
+            found[weights] = find(model, progress)
+        return found[weights]
+
+    def tap_once(matched: Matched) -> Graph:
+        if id(matched) not in graphs:
+            graphs[id(matched)] = tap_graph(matched)
+        return graphs[id(matched)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "find", find_once)
+        patch.setattr(module, "tap_graph", tap_once)
+        yield tiny_folder("llama_mha", root)
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ CASES = {
     "cohere": ("mean", "per_head"),
     "smollm3": ("streaming", "union"),
 }
-FAST = ("llama", "qwen3", "gpt_neox", "cohere", "smollm3")  # every form of RoPE; each bundle costs seconds
+FAST = ("llama", "gpt_neox", "cohere", "smollm3")  # every form of RoPE; each bundle costs seconds
 MODELS = [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in DECODERS]
 MATRIX = [(policy, scope) for policy in POLICIES for scope in SCOPES]
 
