@@ -58,7 +58,7 @@ demo: $(READY) $(MODEL)/config.json
 	echo "== inspect"
 	$(BIN)/keysieve inspect $(DEMO)
 	echo "== run: 600 new tokens in at most 384 rows"
-	$(BIN)/keysieve run $(DEMO) --prompt '$(DEMO_PROMPT)' --max-new-tokens 600 --stats
+	$(BIN)/keysieve run $(DEMO) --prompt '$(DEMO_PROMPT)' --max-new-tokens 600 --temperature 0.8 --top-p 0.95 --seed 1 --stats
 	echo "== compare with the same engine without eviction, on $(DEMO_TEXT)"
 	$(BIN)/keysieve compare $(DEMO) --text $(DEMO_TEXT) --budgets 256,512
 
