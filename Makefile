@@ -52,13 +52,13 @@ $(MODEL)/config.json: | $(READY)
 demo: $(READY) $(MODEL)/config.json
 	rm -rf $(DEMO) $(DEMO_STATS)
 	echo "== calibrate: where the queries of every head point, before RoPE"
-	$(BIN)/keysieve calibrate $(MODEL) -o $(DEMO_STATS) --max-tokens 16384
+	$(BIN)/keysieve calibrate $(MODEL) -o $(DEMO_STATS) --max-tokens 8192
 	echo "== compile: one ONNX file that evicts its own cache"
 	$(BIN)/keysieve compile $(MODEL) -o $(DEMO) --stats $(DEMO_STATS) --budget 256 --interval 128
 	echo "== inspect"
 	$(BIN)/keysieve inspect $(DEMO)
 	echo "== run: 600 new tokens in at most 384 rows"
-	$(BIN)/keysieve run $(DEMO) --prompt '$(DEMO_PROMPT)' --max-new-tokens 600 --stats
+	$(BIN)/keysieve run $(DEMO) --prompt '$(DEMO_PROMPT)' --max-new-tokens 600 --temperature 0.8 --top-p 0.95 --seed 1 --stats
 	echo "== compare with the same engine without eviction, on $(DEMO_TEXT)"
 	$(BIN)/keysieve compare $(DEMO) --text $(DEMO_TEXT) --budgets 256,512
 

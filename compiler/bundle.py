@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from keysieve.errors import BundleError
+from keysieve.errors import BundleError, KeySieveError
 
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
@@ -115,10 +115,12 @@ def hash_file(file: Path) -> str:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file under a temporary name, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
+    except OSError as error:
+        raise KeySieveError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)

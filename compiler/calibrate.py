@@ -4,9 +4,9 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,9 +18,6 @@ from keysieve.compiler.statistics import QueryMoments, Statistics
 from keysieve.compiler.text import iter_texts, text_sha256, token_chunks
 from keysieve.errors import ConfigError, StatisticsError
 from keysieve.passes.graph import Graph
-
-if TYPE_CHECKING:
-    pass
 
 CHUNK = 1024  # tokens of one forward pass; every chunk is a sequence of its own
 SAVE_EVERY = 16  # chunks
@@ -43,6 +40,8 @@ def calibrate(
     """
     progress = progress or Progress()
     output = Path(output)
+    if not output.resolve().parent.is_dir():
+        raise ConfigError(f"the folder of output {output} does not exist; create it or choose another name")
     text_hash = text_sha256(iter_texts(texts))
     tokenizer = load_tokenizer(model)
     with progress.stage("load"):
@@ -54,7 +53,7 @@ def calibrate(
     model_identity = {**identity(loaded), **model_sizes(matched)}
     resumed = _resume(output, model_identity, matched, text_hash, max_tokens, chunk)
     done = resumed.tokens if resumed else 0
-    if resumed and done >= max_tokens:
+    if resumed and (done >= max_tokens or (done == resumed.tokens_planned < max_tokens and done % chunk)):
         return resumed
     chunks = token_chunks(iter_texts(texts), tokenizer, chunk, max_tokens)
     with progress.stage("calibrate") as stage:
@@ -145,9 +144,12 @@ def _resume(
     statistics_file.check_matches(found, model, [rope.form for rope in matched.ropes])
     if found.text_sha256 != text_hash:
         raise StatisticsError(f"{output} holds statistics of another text; remove it, or choose another output")
+    if found.tokens < found.tokens_planned and found.tokens % chunk:
+        return replace(found, tokens_planned=found.tokens)  # an earlier run used the whole text
     if found.tokens % chunk and found.tokens < max_tokens:
         raise StatisticsError(
-            f"{output} is complete with {found.tokens:,} tokens, and the text has no more; remove it to start again"
+            f"{output} was finished with {found.tokens:,} tokens, which is no multiple of {chunk}, so it cannot be "
+            "continued; remove it to calibrate on more"
         )
     return found
 

@@ -6,7 +6,7 @@ perplexity of each. The KL has a heavy tail (names copied from far back), so the
 standard error over texts, and a split by whether the next token continues a bigram seen long ago, recently, or never.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -79,16 +79,22 @@ def compare(
         raise ConfigError("compare needs at least one text and one budget")
     eviction = engine.manifest["eviction"]
     results = {budget: Fidelity() for budget in budgets}
-    for text in texts:
+    read_texts = [read_tokens(engine, Path(text), max_tokens) for text in texts]
+    longest = max(len(tokens) for tokens in read_texts)
+    for budget in budgets:
+        if longest < budget + int(eviction["interval"]):
+            raise EngineError(
+                f"budget {budget} evicts nothing: the longest text has {longest:,} tokens, and the first eviction "
+                f"comes at {budget + int(eviction['interval']):,} rows; give longer texts or smaller budgets"
+            )
+    for text, tokens in zip(texts, read_texts, strict=True):
         with progress.stage(Path(text).name[:16]) as stage:
-            tokens = read_tokens(engine, Path(text), max_tokens)
             sessions = {budget: evicting_session(engine, budget) for budget in budgets}
             dense = engine.session(dense=True, capacity=len(tokens))
-            measure(dense, sessions, tokens, results)
+            measure(read(dense, tokens), sessions, tokens, results)
+            for session in (dense, *sessions.values()):
+                session.close()
             stage.note(f"{len(tokens):,} tokens")
-    for budget, result in results.items():
-        if not result.evicted:
-            raise EngineError(f"budget {budget} evicts nothing on these texts; give longer texts or smaller budgets")
     rows = [
         {"policy": policy_name(eviction["policy"]), "budget": budget, "scope": eviction["scope"], **result.summary()}
         for budget, result in results.items()
@@ -121,24 +127,39 @@ def evicting_session(engine: Engine, budget: int) -> Session:
     return engine.session(budget=budget, capacity=budget + max(interval, CHUNK))
 
 
-def measure(
-    dense: Session, sessions: Mapping[Any, Session], tokens: Sequence[int], results: Mapping[Any, Fidelity]
-) -> None:
-    """Feed one text to all sessions in lockstep and append what it gives to their results."""
-    parts: dict[Any, list[tuple[np.ndarray, ...]]] = {name: [] for name in sessions}
-    for start in range(0, len(tokens) - 1, CHUNK):
+def read(session: Session, tokens: Sequence[int]) -> Iterator[np.ndarray]:
+    """Feed a text in chunks of CHUNK; yields every chunk's logits [n,V], in a buffer that the next one reuses."""
+    for start in range(0, len(tokens), CHUNK):
         ids = np.asarray(tokens[start : start + CHUNK])
-        targets = np.asarray(tokens[start + 1 : start + 1 + len(ids)])
-        wanted = np.arange(len(targets))[None]
-        count = np.array([len(ids)], np.int32)
         following = max(1, min(CHUNK, len(tokens) - start - len(ids)))
-        expected = log_softmax(dense.step(ids[None], count, wanted, following)[0])
-        for name, session in sessions.items():
-            found = log_softmax(session.step(ids[None], count, wanted, following)[0])
-            kl = (np.exp(expected) * (expected - found)).sum(-1)
+        yield session.step(ids[None], np.array([len(ids)], np.int32), np.arange(len(ids))[None], following)[0]
+
+
+def measure(
+    dense: Iterable[np.ndarray], sessions: Mapping[Any, Session], tokens: Sequence[int], results: Mapping[Any, Fidelity]
+) -> None:
+    """Feed one text to all sessions, compare with the dense logits of every chunk, and append to the results."""
+    parts: dict[Any, list[tuple[np.ndarray, ...]]] = {name: [] for name in sessions}
+    readers = [read(session, tokens) for session in sessions.values()]
+    targets = np.append(np.asarray(tokens[1:]), -1)
+    for number, (expected, *founds) in enumerate(zip(dense, *readers, strict=True)):
+        wanted = targets[number * CHUNK :][: len(expected)]
+        wanted = wanted[wanted >= 0]  # the last token has no next one
+        rows = np.arange(len(wanted))
+        expected = expected[rows]
+        expected_log_sum = log_sum(expected)
+        chances = np.exp(expected - expected_log_sum)
+        for name, found in zip(sessions, founds, strict=True):
+            found = found[rows]
+            found_log_sum = log_sum(found)
+            # sum p (log p - log q), with log p = x - log_sum(x)
+            kl = np.einsum("nv,nv->n", chances, expected - found) + (found_log_sum - expected_log_sum)[:, 0]
             agree = expected.argmax(-1) == found.argmax(-1)
-            rows = np.arange(len(targets))
-            parts[name].append((kl, agree, -found[rows, targets], -expected[rows, targets]))
+            loss, dense_loss = (
+                found_log_sum[:, 0] - found[rows, wanted],
+                expected_log_sum[:, 0] - expected[rows, wanted],
+            )
+            parts[name].append((kl, agree, loss, dense_loss))
     split = copy_split(tokens)
     for name, session in sessions.items():
         kl, agree, loss, dense_loss = (np.concatenate(column) for column in zip(*parts[name], strict=True))
@@ -162,7 +183,7 @@ def copy_split(tokens: Sequence[int]) -> np.ndarray:
     return result
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """[N,V] -> [N,V], in float32 with float64 sums."""
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True, dtype=np.float64)).astype(np.float32)
+def log_sum(logits: np.ndarray) -> np.ndarray:
+    """log sum exp over the last axis: [N,V] -> [N,1]."""
+    highest = logits.max(-1, keepdims=True)
+    return highest + np.log(np.exp(logits - highest).sum(-1, keepdims=True))

@@ -13,7 +13,7 @@ from keysieve.compiler import statistics as statistics_file
 from keysieve.compiler.bundle import MODEL, STATE, STATISTICS, new_folder, write_manifest
 from keysieve.compiler.config import CompileConfig, EvictionConfig
 from keysieve.compiler.inspect import Report, report_of
-from keysieve.compiler.model import identity, load_model, load_skeleton, load_tokenizer
+from keysieve.compiler.model import identity, load_model, load_skeleton, load_tokenizer, round_weights
 from keysieve.compiler.pipeline import Matched, engine_graph, find, model_sizes
 from keysieve.compiler.progress import Progress
 from keysieve.compiler.statistics import Statistics
@@ -46,12 +46,15 @@ def compile(
         statistics_file.existing(config.stats)
     tokenizer = None if dry_run else load_tokenizer(model)
     with progress.stage("load"):
-        loaded = (load_skeleton if dry_run else load_model)(model, config.dtype)
+        loaded = load_skeleton(model, config.dtype) if dry_run else load_model(model, "auto")
+        source = identity(loaded)  # of the weights as stored: statistics fit every dtype
+        if not dry_run:
+            round_weights(loaded, config.dtype)
     matched = find(loaded, progress)
     report = report_of(loaded, matched, config.eviction, config.dtype)
     matched.require_all()
     sizes = model_sizes(matched)
-    model_identity = {**identity(loaded), **sizes}
+    model_identity = {**source, **sizes}
     statistics = _statistics(config, model_identity, matched, weights_known=not dry_run)
     if config.dump_graphs:
         _dump(config.dump_graphs, "captured", matched.graph)

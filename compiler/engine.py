@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from jinja2 import TemplateError
 from safetensors.numpy import load_file
 
 from keysieve.compiler.bundle import STATE, Bundle, open_bundle
@@ -37,16 +38,20 @@ class Step:
 
 @dataclass
 class Timing:
-    """Seconds and tokens of the last request, prompt and generation apart."""
+    """Seconds and tokens of the last request: the prompt, and the decoding steps after the first token.
+
+    A sequence's first token comes with its prompt, so it is no decoded one; time that the caller of `stream` takes
+    between two steps does not count.
+    """
 
     prompt_tokens: int = 0
     prompt_seconds: float = 0.0
-    new_tokens: int = 0
+    decoded_tokens: int = 0
     decode_seconds: float = 0.0
 
     @property
     def tokens_per_s(self) -> float:
-        return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
+        return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
 @dataclass
@@ -151,6 +156,8 @@ class Engine:
         if not dense:
             self._check_pinned(sequences, budgets)
         interval, most = int(eviction["interval"]), int(budgets.max())
+        if chunk is not None and chunk < 1:
+            raise EngineError(f"chunk is {chunk}; a step takes at least one token")
         chunk = min(chunk or interval, total)
         needed = total if dense else min(total, most + max(interval, chunk))
         capacity = needed if capacity is None else capacity
@@ -190,15 +197,13 @@ class Engine:
         logits = prefill(session, [sequence.prompt for sequence in sequences], chunk)
         timing = self.timing = Timing(sum(len(s.prompt) for s in sequences), time.perf_counter() - started)
         index = np.zeros((len(sequences), 1), np.int64)
-        started = time.perf_counter()
-        for _ in range(max_new_tokens):
-            drawn = sampler(logits)
+        drawn = sampler(logits)
+        while True:
             new: list[int | None] = []
             for sequence, token in zip(sequences, drawn, strict=True):
                 if sequence.reason is not None:
                     new.append(None)
                     continue
-                timing.new_tokens += 1
                 new.append(token)
                 if token in stops:
                     sequence.reason = "stop"
@@ -207,13 +212,15 @@ class Engine:
                     if len(sequence.tokens) == max_new_tokens:
                         sequence.reason = "length"
             self.counters = session.counters
-            timing.decode_seconds = time.perf_counter() - started
             yield Step(new, [self._new_text(sequence) for sequence in sequences])
             if all(sequence.reason is not None for sequence in sequences):
                 break
             going = np.array([sequence.reason is None for sequence in sequences])
             tokens = np.where(going, drawn, 0)[:, None]
-            logits = session.step(tokens, going.astype(np.int32), index)[:, 0]
+            started = time.perf_counter()
+            drawn = sampler(session.step(tokens, going.astype(np.int32), index)[:, 0])
+            timing.decode_seconds += time.perf_counter() - started
+            timing.decoded_tokens += int(going.sum())
         self.counters = session.counters
 
     def _tokenize(self, prompts: Prompt | Sequence[Prompt], chat: bool) -> list[list[int]]:
@@ -241,7 +248,12 @@ class Engine:
         if not self.tokenizer.chat_template:
             raise EngineError(f"{self.bundle.path}: the model's tokenizer has no chat template; leave chat out")
         message = [{"role": "user", "content": text}]
-        rendered = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        try:
+            rendered = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:
+            raise EngineError(
+                f"{self.bundle.path}: the model's chat template fails on this text ({error}); leave chat out"
+            ) from error
         return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
     def _check_positions(self, total: int, ignore: bool) -> None:

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from keysieve.compiler.bundle import MANIFEST, open_bundle
+from keysieve.compiler.bundle import MANIFEST, MODEL, open_bundle
 from keysieve.compiler.config import EvictionConfig
 from keysieve.compiler.model import load_skeleton
 from keysieve.compiler.pipeline import Matched, find
@@ -53,7 +53,7 @@ def inspect(
     progress: Progress | None = None,
 ) -> Report:
     """Report on a bundle folder, or capture and match a model (its configuration is enough: no weights are read)."""
-    if (Path(source) / MANIFEST).is_file():
+    if any((Path(source) / name).is_file() for name in (MANIFEST, MODEL)):
         return _bundle_report(Path(source))
     progress = progress or Progress()
     model = load_skeleton(source, dtype)
@@ -66,9 +66,13 @@ def report_of(model: "PreTrainedModel", matched: Matched, eviction: EvictionConf
     misses = {miss.layer: miss for miss in matched.misses}
     attentions = {attention.layer: attention for attention in matched.attentions}
     layers = []
+    rotary = any(rope.form.kind != "nope" for rope in matched.ropes)
     for index in range(matched.layers):
         rope, miss = ropes.get(index), misses.get(index)
-        if rope is not None:
+        if rope is not None and not rotary:
+            reason = "no layer of the model has a rotary embedding"
+            layers.append(LayerReport(index, "full", "nope", False, reason, rope.attention.node.name))
+        elif rope is not None:
             layers.append(LayerReport(index, "full", str(rope.form), True, None, rope.attention.node.name))
         elif miss is not None:
             kind = "sliding" if "sliding window" in miss.reason else "unsupported"

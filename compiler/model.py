@@ -35,7 +35,7 @@ def _readable_failures(model: str | Path, what: str) -> Iterator[None]:
     """Turn what transformers raises for a bad MODEL into one CaptureError."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # the libraries below raise kinds of their own, with no common base
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CaptureError(
             f"cannot load the {what} of {model}: {first} "
@@ -44,12 +44,18 @@ def _readable_failures(model: str | Path, what: str) -> Iterator[None]:
 
 
 def load_model(model: str | Path, dtype: str = "float32") -> "PreTrainedModel":
-    """The model with its weights in `dtype`, on the CPU, in evaluation mode."""
+    """The model with its weights in `dtype` ("auto": as they are stored), on the CPU, in evaluation mode."""
     from transformers import AutoModelForCausalLM
 
     with _readable_failures(model, "weights"):
-        loaded = AutoModelForCausalLM.from_pretrained(**_location(model), dtype=TORCH_DTYPES[dtype])
+        loaded = AutoModelForCausalLM.from_pretrained(**_location(model), dtype=TORCH_DTYPES.get(dtype, dtype))
     return loaded.eval()
+
+
+def round_weights(model: "PreTrainedModel", dtype: str) -> None:
+    """Bring the parameters to `dtype`; buffers, such as RoPE tables, keep their precision."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(TORCH_DTYPES[dtype])
 
 
 def load_skeleton(model: str | Path, dtype: str = "float32") -> "PreTrainedModel":

@@ -58,11 +58,11 @@ def find(model: "PreTrainedModel", progress: Progress, implementation: str | Non
         graph = capture(model, implementation)
         stage.note(f"{len(graph.fx.nodes):,} nodes")
     with progress.stage("match") as stage:
-        lower_attention(graph)
+        lowered = lower_attention(graph)
         attentions = find_attention(graph)
         ropes = find_rope(graph, attentions.matches)
-        misses = attentions.misses + ropes.misses
-        layers = len(attentions.matches) + len(attentions.misses)
+        misses = lowered + attentions.misses + ropes.misses
+        layers = len(attentions.matches) + len(attentions.misses) + len(lowered)
         stage.note(f"{len(ropes.matches)} of {layers} layers")
     return Matched(graph, attentions.matches, ropes.matches, misses, layers)
 

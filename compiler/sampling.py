@@ -17,10 +17,12 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ConfigError(f"temperature {self.temperature} is negative; 0 is greedy")
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature {self.temperature} must be finite and at least 0; 0 is greedy")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p {self.top_p} must lie in (0, 1]")
+        if self.seed is not None and self.seed < 0:
+            raise ConfigError(f"seed {self.seed} is negative; give 0 or more")
         if self.top_k < 0:
             raise ConfigError(f"top_k {self.top_k} is negative; 0 keeps every token")
 

@@ -35,7 +35,7 @@ def export_onnx(graph: Graph, path: Path, metadata: dict[str, str], inline: bool
     functions = _functions(graph)
     program = graph.program()
     layers = sum(name.startswith("key_") for name in graph.inputs)
-    model = _translate(program, list(graph.inputs), list(graph.outputs), _translations(layers))
+    model = _translate(program, list(graph.inputs), list(graph.outputs), _translations(layers, inline))
     _simplify(model)
     _name_dimensions(model)
     model.metadata_props.update(metadata)
@@ -112,12 +112,23 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _translations(layers: int) -> dict[Callable[..., Any], Callable[..., Any]]:
+def _translations(layers: int, inline: bool) -> dict[Callable[..., Any], Callable[..., Any]]:
     update, score, select = (_plugin_op(node, layers) for node in (UPDATE, SCORE, SELECT))
     common = {"plugin_namespace": NAMESPACE}
 
     def attend(query: Any, key: Any, value: Any, mask: Any, scale: float) -> Any:
         return op.Attention(query, key, value, mask, scale=scale)[0]
+
+    def attend_without_gqa(query: Any, key: Any, value: Any, mask: Any, scale: float) -> Any:
+        """For runtimes whose Attention wants as many KV heads as query heads (OpenVINO): the G query heads of a KV
+        head become rows of it, [B,Hq,S,D] -> [B,Hkv,G*S,D], which moves no data and repeats no K or V."""
+        heads, kv_heads = query.shape[1], key.shape[1]
+        if heads == kv_heads:
+            return attend(query, key, value, mask, scale)
+        rows = op.Reshape(query, op.Constant(value_ints=[0, kv_heads, -1, query.shape[3]]))
+        tall_mask = op.Concat(*[mask] * (heads // kv_heads), axis=2)
+        result = op.Attention(rows, key, value, tall_mask, scale=scale)[0]
+        return op.Reshape(result, op.Constant(value_ints=[0, heads, -1, value.shape[3]]))
 
     def keysieve_update(
         key_new: Any, value_new: Any, length: Any, plan: Any, keep: Any, key: Any, value: Any, layer: int
@@ -162,7 +173,7 @@ def _translations(layers: int) -> dict[Callable[..., Any], Callable[..., Any]]:
 
     ops = torch.ops.keysieve
     return {
-        ops.attend.default: attend,
+        ops.attend.default: attend_without_gqa if inline else attend,
         ops.update.default: keysieve_update,
         ops.score.default: keysieve_score,
         ops.select.default: keysieve_select,

@@ -9,10 +9,14 @@ if the result is a rotation of dim pairs by an angle proportional to the positio
 whatever the model's code looks like.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch.fx import Node
+from torch.fx.node import map_arg
 
+import keysieve.plugins.torch_ops  # noqa: F401  (registers torch.ops.keysieve)
 from keysieve.passes.graph import Graph
 from keysieve.passes.result import Attention, Found, Miss, RopeAttention
 from keysieve.passes.rope_form import RopeForm
@@ -45,10 +49,11 @@ def find_rope(graph: Graph, attentions: list[Attention]) -> Found[RopeAttention]
     data = graph.depends_on([graph.inputs["input_ids"]])
     positional = graph.depends_on([graph.inputs["position_ids"]])
     found: Found[RopeAttention] = Found([])
+    probed: dict[Any, RopeForm] = {}
     for attention in attentions:
         try:
-            query_pre, query_form = _trace(graph, attention.query, data, positional)
-            key_pre, key_form = _trace(graph, attention.key, data, positional)
+            query_pre, query_form = _trace(graph, attention.query, data, positional, probed)
+            key_pre, key_form = _trace(graph, attention.key, data, positional, probed)
             _same_form(attention, query_form, key_form)
         except _NoRope as miss:
             found.misses.append(Miss(attention.layer, miss.node.name, miss.reason))
@@ -57,28 +62,62 @@ def find_rope(graph: Graph, attentions: list[Attention]) -> Found[RopeAttention]
     return found
 
 
-def _trace(graph: Graph, post: Node, data: set[Node], positional: set[Node]) -> tuple[Node, RopeForm]:
-    """Walk up from a rotated tensor [B,H,S,D] to the tensor before RoPE; returns it and the verified form."""
+def _trace(
+    graph: Graph, post: Node, data: set[Node], positional: set[Node], probed: dict[Any, RopeForm]
+) -> tuple[Node, RopeForm]:
+    """Walk up from a rotated tensor [B,H,S,D] to the tensor before RoPE; returns it and the verified form.
+
+    probed: forms by subgraph, so that layers with the very same operations are evaluated once.
+    """
     order = {node: index for index, node in enumerate(graph.fx.nodes)}
-    frontier, products, reason = {post}, 0, ""
+    sequence = str(graph.shape(graph.inputs["input_ids"])[1])
+    frontier, products = {post}, 0
+    refusal: _NoRope | None = None  # the nearest: further up, it is the same for a less telling reason
+    counted: Node | None = None
     while True:
         node = max(frontier, key=order.__getitem__)
-        if len(frontier) == 1 and products:
+        if len(frontier) == 1 and products and _is_tensor(node):
             try:
-                return node, probe(graph, node, post)
+                signature = _signature(graph, node, post)
+                if signature not in probed:
+                    probed[signature] = probe(graph, node, post)
+                return node, probed[signature]
             except _NoRope as refused:
-                reason = refused.reason  # perhaps a later scale by position; the rotation may still be above
+                refusal = refusal or refused  # perhaps a later scale by position; the rotation may still be above
         if node.op == "placeholder" or node.target in PROJECTIONS:
             if products:
-                raise _NoRope(node, reason or "position-dependent products without one pre-RoPE tensor above them")
+                raise refusal or _NoRope(node, "position-dependent products without one pre-RoPE tensor above them")
+            if counted is not None:
+                raise _NoRope(counted, "depends on the token's index in the input instead of on position_ids")
             head_dim = int(graph.shape(post)[-1])
             return post, RopeForm("nope", head_dim, 0, np.zeros(0))
         frontier.remove(node)
         inputs = node.all_input_nodes
         products += any(i in positional and i not in data for i in inputs)
+        for i in inputs:
+            if i not in data and i not in positional and _is_tensor(i) and sequence in map(str, graph.shape(i)):
+                counted = i
         frontier.update(i for i in inputs if i in data)
         if not frontier:
             raise _NoRope(node, "the attention's input does not depend on the tokens")
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)  # not a size, and not the list that chunk or split gives
+
+
+def _signature(graph: Graph, pre: Node, post: Node) -> Any:
+    """Equal for subgraphs of the same operations on the same tables, whatever their nodes are called."""
+    names: dict[Node, Any] = {pre: ("pre", *map(str, graph.shape(pre)))}
+    operations: list[tuple[str, str]] = []
+    for node in graph.ancestors([post], stop=[pre]):
+        if node.op == "placeholder":
+            names[node] = node.name
+            continue
+        names[node] = len(operations)
+        arguments = map_arg((node.args, node.kwargs), names.__getitem__)
+        operations.append((str(node.target), repr(arguments)))
+    return tuple(operations)
 
 
 def probe(graph: Graph, pre: Node, post: Node) -> RopeForm:
@@ -106,7 +145,8 @@ def probe(graph: Graph, pre: Node, post: Node) -> RopeForm:
         inv_freq = np.arctan2(at_one[imaginary, real], at_one[real, real])
         form = RopeForm(kind, head_dim, rotary_dim, inv_freq, scaling)
         error = max(
-            float(np.abs(matrix - rotation_matrix(form, position)).max())
+            # a model's own float32 table is off by the rounding of its angles
+            float(np.abs(matrix - rotation_matrix(form, position)).max()) / max(1, position)
             for matrix, position in zip(matrices, PROBE_POSITIONS, strict=True)
         )
         if error < TOLERANCE * max(1.0, scaling):
@@ -138,7 +178,10 @@ def _rotary_dim(at_one: np.ndarray, moved: np.ndarray, pre: Node) -> int:
 
 
 def _rotation_matrices(graph: Graph, pre: Node, post: Node) -> np.ndarray:
-    """[P, D, D] float64: the linear map from pre to post at every probe position, the same for every head."""
+    """[P, D, D] float64: the linear map from pre to post at every probe position, the same for every head.
+
+    One more batch row holds random vectors, which only that map, applied to every head and position alone, explains.
+    """
     batch, sequence = (str(size) for size in graph.shape(graph.inputs["input_ids"]))
     shape = [str(size) for size in graph.shape(pre)]
     post_shape = graph.shape(post)
@@ -146,25 +189,28 @@ def _rotation_matrices(graph: Graph, pre: Node, post: Node) -> np.ndarray:
     heads = int(post_shape[1])
     if len(shape) != 4 or shape[-1] != str(head_dim) or {batch, sequence} - set(shape) or str(heads) not in shape:
         raise _NoRope(pre, f"pre-RoPE tensor has shape {shape}, not batch, sequence, {heads} heads and {head_dim} dims")
-    sizes = {batch: head_dim, sequence: positions}
-    # one unit vector a batch row: x[b, ..., d] = (b == d)
-    unit = torch.eye(head_dim, dtype=torch.float64)
-    concrete = [sizes[size] if size in sizes else int(size) for size in shape]
-    view = [head_dim if size == batch else 1 for size in shape[:-1]] + [head_dim]
+    unit = torch.eye(head_dim, dtype=torch.float64)[:, None, None].expand(-1, heads, positions, -1)
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(1, heads, positions, head_dim, dtype=torch.float64, generator=generator)
+    axes = [{batch: 0, sequence: 2}.get(size, 1) for size in shape[:3]] + [3]
     given = {
-        pre: unit.view(view).expand(concrete),
-        graph.inputs["input_ids"]: torch.zeros(head_dim, positions, dtype=torch.long),
-        graph.inputs["position_ids"]: torch.tensor(PROBE_POSITIONS).expand(head_dim, positions),
+        pre: torch.cat((unit, mixed)).permute(axes),  # [D+1,H,P,D] in the layout of pre
+        graph.inputs["input_ids"]: torch.zeros(head_dim + 1, positions, dtype=torch.long),
+        graph.inputs["position_ids"]: torch.tensor(PROBE_POSITIONS).expand(head_dim + 1, positions),
     }
     try:
         result = graph.evaluate(post, given)
     except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
         raise _NoRope(pre, f"the subgraph up to the attention cannot be evaluated alone: {error}") from error
-    if list(result.shape) != [head_dim, heads, positions, head_dim]:
+    if list(result.shape) != [head_dim + 1, heads, positions, head_dim]:
         raise _NoRope(pre, f"the subgraph up to the attention gives shape {list(result.shape)}")
+    result, mixed_result = result[:-1], result[-1]
     if (result - result[:, :1]).abs().max() > TOLERANCE:
         raise _NoRope(pre, "heads are rotated differently")
-    return result[:, 0].permute(1, 2, 0).numpy()  # [in, P, out] -> [P, out, in]
+    matrices = result[:, 0].permute(1, 2, 0)  # [in, P, out] -> [P, out, in]
+    if (torch.einsum("poi,hpi->hpo", matrices, mixed[0]) - mixed_result).abs().max() > TOLERANCE:
+        raise _NoRope(pre, "the subgraph up to the attention is not linear, or mixes heads or positions")
+    return matrices.numpy()
 
 
 def _same_form(attention: Attention, query: RopeForm, key: RopeForm) -> None:

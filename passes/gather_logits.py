@@ -7,6 +7,7 @@ becomes
 
 import torch
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from keysieve.passes.graph import Graph
 
@@ -24,11 +25,11 @@ ELEMENTWISE = {
 
 
 def gather_logits(graph: Graph) -> None:
-    """Add input logits_at [B,N] int64 (indices into the S tokens of this step; N may be 0)."""
+    """Add input logits_at [B,N] int64 (indices into the S tokens of this step)."""
     batch = graph.shape(graph.inputs["input_ids"])[0]
     index = graph.input("logits_at", (batch, graph.symbol("N")), torch.int64)
     logits = graph.outputs["logits"]
-    head = _head(logits)
+    head = _head(graph, logits)
     # Where something else than elementwise operations follows the head, gather at the end: slower, and right.
     source = head.args[0] if head is not None else logits
     with graph.fx.inserting_after(source):
@@ -40,17 +41,33 @@ def gather_logits(graph: Graph) -> None:
     graph.fx.erase_node(anchor)
     if head is not None:
         head.replace_input_with(source, gathered)  # type: ignore[arg-type]
+        _refresh(graph, head, logits)
     else:
         logits = gathered
     with graph.before(graph.output_node):
         graph.outputs["logits"] = _to_float32(graph, logits)
 
 
-def _head(logits: Node) -> Node | None:
+def _head(graph: Graph, logits: Node) -> Node | None:
+    """The projection that gives the logits, if nothing behind it needs to know which token a row is of."""
     node = logits
     while node.target in ELEMENTWISE:
-        node = node.args[0]  # type: ignore[assignment]
+        first, *others = node.all_input_nodes
+        if node.args[0] is not first or any(len(graph.shape(other)) > 1 for other in others):
+            return None
+        node = first
     return node if node.target in HEADS else None
+
+
+def _refresh(graph: Graph, head: Node, logits: Node) -> None:
+    """Recompute the shapes from the head to the logits, which now have N rows."""
+    chain = [logits]
+    while chain[-1] is not head:
+        chain.append(chain[-1].args[0])  # type: ignore[arg-type]
+    for node in reversed(chain):
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        with graph.fake_mode:
+            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _to_float32(graph: Graph, node: Node) -> Node:

@@ -1,0 +1,78 @@
+"""keysieve compare DIR --text FILE...: what eviction costs, against the same engine without it."""
+
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from keysieve.compiler.cli.arguments import add_quiet, given, output_file, positive, positive_list, progress_of
+from keysieve.compiler.cli.terminal import quiet_transformers, show, show_json, table
+from keysieve.errors import KeySieveError
+
+BUDGETS = [256, 512, 1024]
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("bundle", metavar="DIR", type=Path, help="a bundle folder of `keysieve compile`")
+    parser.add_argument(
+        "--text",
+        metavar="FILE",
+        type=Path,
+        nargs="+",
+        action="extend",
+        required=True,
+        help="plain UTF-8 texts, each longer than the largest budget",
+    )
+    parser.add_argument(
+        "--budgets",
+        metavar="N,...",
+        type=positive_list,
+        default=BUDGETS,
+        help=f"rows kept (default {','.join(map(str, BUDGETS))})",
+    )
+    parser.add_argument("--max-tokens", metavar="N", type=positive, help="tokens to read of each text (default 2048)")
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="write the report there too, as JSON")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--threads", metavar="N", type=positive, help="CPU threads (default: all cores)")
+    add_quiet(parser)
+
+
+def run(args: Namespace) -> int:
+    output = args.output and output_file(args.output)
+    from keysieve.compiler.bundle import write_atomically
+    from keysieve.compiler.compare import compare
+
+    quiet_transformers()
+    more = given(args, "max_tokens", "threads")
+    report = compare(args.bundle, args.text, args.budgets, progress=progress_of(args), **more)
+    # Printed first: a disk that cannot take the file must not cost the result.
+    if args.json:
+        show_json(report)
+    else:
+        show(_text(report["rows"]))
+    if output:
+        try:
+            write_atomically(output, json.dumps(report, indent=1) + "\n")
+        except OSError as error:
+            raise KeySieveError(f"cannot write {output}: {error.strerror or error}; choose another -o") from error
+    return 0
+
+
+def _text(rows: Sequence[Mapping[str, Any]]) -> str:
+    head = ("policy", "scope", "budget", "tokens", "KL", "KL p95", "top-1", "ppl", "ppl dense")
+    body = [
+        (
+            row["policy"],
+            row["scope"],
+            str(row["budget"]),
+            f"{row['tokens']:,}",
+            f"{row['kl']:.4f}",
+            f"{row['kl_p95']:.4f}",
+            f"{row['top1']:.1%}",
+            f"{row['ppl']:.3f}",
+            f"{row['ppl_dense']:.3f}",
+        )
+        for row in rows
+    ]
+    return table([head, *body], right=range(2, len(head)))

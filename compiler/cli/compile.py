@@ -1,0 +1,121 @@
+"""keysieve compile MODEL -o DIR: a bundle with an engine that evicts its own cache."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING
+
+from keysieve.compiler.cli.arguments import add_quiet, given, natural, positive, progress_of
+from keysieve.compiler.cli.describe import report_rows
+from keysieve.compiler.cli.terminal import UsageError, human_bytes, quiet_transformers, show, table, usage_errors
+from keysieve.compiler.config import (
+    CENTRES,
+    DTYPES,
+    POLICIES,
+    PROMPTS,
+    SCOPES,
+    CompileConfig,
+    EvictionConfig,
+    PolicyConfig,
+)
+
+if TYPE_CHECKING:
+    from keysieve.compiler.inspect import Report
+
+# Options that only triattention has: keyword of PolicyConfig -> option.
+TRIATTENTION = {
+    "centres": "--centres",
+    "aggregation": "--aggregation",
+    "offset_max": "--offset-max",
+    "trig": "--no-trig",
+    "norm": "--no-norm",
+}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a hub name, a folder with config.json, or a .gguf file")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", type=Path, help="the bundle folder to make (needed unless --dry-run)"
+    )
+    kept = parser.add_argument_group("what is kept")
+    kept.add_argument("--policy", choices=POLICIES, help=f"how keys are rated (default {PolicyConfig.name})")
+    kept.add_argument("--budget", metavar="N", type=positive, help=f"rows kept (default {EvictionConfig.budget})")
+    kept.add_argument(
+        "--interval",
+        metavar="N",
+        type=positive,
+        help=f"rows beyond the budget at which it evicts (default {EvictionConfig.interval})",
+    )
+    kept.add_argument(
+        "--sinks", metavar="N", type=natural, help=f"first rows, always kept (default {EvictionConfig.sinks})"
+    )
+    kept.add_argument(
+        "--recent", metavar="N", type=natural, help=f"last rows, always kept (default {EvictionConfig.recent})"
+    )
+    kept.add_argument(
+        "--scope", choices=SCOPES, help=f"what shares one choice of rows (default {EvictionConfig.scope})"
+    )
+    kept.add_argument("--prompt", choices=PROMPTS, help=f"pinned: never evicted (default {EvictionConfig.prompt})")
+    score = parser.add_argument_group("policy triattention")
+    score.add_argument("--stats", metavar="FILE", type=Path, help="statistics of `keysieve calibrate`")
+    score.add_argument(
+        "--centres",
+        choices=CENTRES,
+        help=f"online: measured while it runs, no statistics needed (default {PolicyConfig.centres})",
+    )
+    score.add_argument(
+        "--offset-max",
+        metavar="N",
+        type=positive,
+        help=f"farthest future distance, a power of two (default {PolicyConfig.offset_max})",
+    )
+    score.add_argument(
+        "--aggregation", choices=("mean", "max"), help=f"over the distances (default {PolicyConfig.aggregation})"
+    )
+    score.add_argument("--no-trig", dest="trig", action="store_false", default=None, help="leave out the first term")
+    score.add_argument("--no-norm", dest="norm", action="store_false", default=None, help="leave out the second term")
+    made = parser.add_argument_group("what is made")
+    made.add_argument("--dtype", choices=DTYPES, help=f"of weights and cache (default {CompileConfig.dtype})")
+    made.add_argument("--inline", action="store_true", help="only standard ONNX operators, for other runtimes")
+    made.add_argument("--dump-graphs", metavar="DIR", type=Path, help="write the graphs as text, before and after")
+    made.add_argument("--dry-run", action="store_true", help="do all of it without weights, and write no bundle")
+    add_quiet(parser)
+
+
+def run(args: Namespace) -> int:
+    with usage_errors():
+        config = compile_config(args)
+    if args.output is None and not args.dry_run:
+        raise UsageError("where should the bundle go? give -o DIR (or --dry-run, which writes none)")
+    from keysieve.compiler.compile import compile
+
+    quiet_transformers()
+    output = args.output or Path()
+    report = compile(args.model, output, config, progress=progress_of(args), dry_run=args.dry_run)
+    show(_summary(args, report))
+    return 0
+
+
+def compile_config(args: Namespace) -> CompileConfig:
+    """The config objects behind the options. Raises ConfigError for options that do not go together."""
+    policy = given(args, *TRIATTENTION)
+    name = args.policy or PolicyConfig.name
+    foreign = [option for keyword, option in TRIATTENTION.items() if keyword in policy]
+    if foreign and name != "triattention":
+        raise UsageError(f"policy {name} does not use {', '.join(foreign)}; leave it out, or use triattention")
+    kept = given(args, "budget", "interval", "sinks", "recent", "scope", "prompt")
+    made = given(args, "dtype", "stats", "inline", "dump_graphs")
+    return CompileConfig(EvictionConfig(PolicyConfig(name, **policy), **kept), **made)
+
+
+def _summary(args: Namespace, report: "Report") -> str:
+    again = f"keysieve compile {quote(args.model)} -o DIR ..."
+    if args.dry_run:
+        head, following = [("bundle", "none: a dry run writes nothing")], again
+    else:
+        size = sum(file.stat().st_size for file in args.output.rglob("*") if file.is_file())
+        head = [("bundle", f"{args.output} ({human_bytes(size)})")]
+        following = f"keysieve run {quote(str(args.output))} --prompt 'Once upon a time' --stats"
+    matched = sum(layer.matched for layer in report.layers)
+    rows = [*head, ("layers", f"{matched} of {len(report.layers)} matched"), *report_rows(report)]
+    return f"{table(rows)}\nnext: {following}"

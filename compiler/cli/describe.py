@@ -1,0 +1,58 @@
+"""A report on a model or bundle in words, for `compile` and `inspect`."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from keysieve.compiler.cli.terminal import human_bytes
+
+if TYPE_CHECKING:
+    from keysieve.compiler.inspect import LayerReport, Report
+
+
+def report_rows(report: "Report") -> list[tuple[str, str]]:
+    """(name, value) rows on policy, nodes and memory; a model that is not compiled has no nodes and no policy yet."""
+    eviction = report.eviction
+    nodes = ", ".join(f"{count} {name}" for name, count in report.nodes.items())
+    return [
+        *([("policy", policy_of(eviction))] if nodes else []),
+        ("nodes inserted", nodes or "none: `keysieve compile` inserts them"),
+        ("KV cache", f"{human_bytes(report.kv_bytes_per_token)} a token, {report.dtype}"),
+        (
+            "",
+            f"{human_bytes(report.kv_bytes_for_budget)} a sequence, for budget {report.budget} "
+            f"and interval {eviction['interval']}",
+        ),
+    ]
+
+
+def policy_of(eviction: Mapping[str, Any]) -> str:
+    """ "triattention (calibrated centres), per_layer_per_head, 4 sinks, 128 recent, prompt evictable"."""
+    policy = eviction["policy"]
+    name = policy["name"]
+    if name == "triattention":
+        details = [f"{policy['centres']} centres", f"{policy['aggregation']} over offsets to {policy['offset_max']}"]
+        details += [f"no {term}" for term in ("trig", "norm") if not policy[term]]
+        name += f" ({', '.join(details)})"
+    return (
+        f"{name}, {eviction['scope']}, {eviction['sinks']} sinks, {eviction['recent']} recent, "
+        f"prompt {eviction['prompt']}"
+    )
+
+
+def has_rope(layers: Iterable["LayerReport"]) -> bool:
+    """Whether any layer has a rotary embedding that matched; without one a model cannot be compiled."""
+    return any(layer.matched and layer.rope_form != "nope" for layer in layers)
+
+
+def layer_rows(layers: Sequence["LayerReport"]) -> list[tuple[str, str, str, str]]:
+    """(layers, kind, RoPE form, what happens) rows; equal neighbours share one."""
+    rows, fate = [], "evicts" if has_rope(layers) else "has no rotary embedding"
+    for _, group in groupby(layers, key=lambda layer: (layer.kind, layer.rope_form, layer.matched, layer.reason)):
+        members = list(group)
+        first, last = members[0], members[-1]
+        name = f"layer {first.layer}" if first is last else f"layers {first.layer}-{last.layer}"
+        node = first.node if first is last else f"{first.node} to {last.node}"
+        outcome = fate if first.matched else f"does not match, node {node}: {first.reason}"
+        rows.append((name, first.kind, first.rope_form or "-", outcome))
+    return rows

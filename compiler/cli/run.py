@@ -1,0 +1,117 @@
+"""keysieve run DIR --prompt TEXT: generate with a bundle; the text comes as it is made."""
+
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from keysieve.compiler.cli.arguments import given, natural, positive, prompt_text
+from keysieve.compiler.cli.terminal import human_bytes, quiet_transformers, show, show_json, table, usage_errors
+from keysieve.errors import EngineError
+
+if TYPE_CHECKING:
+    from keysieve.compiler.engine import Engine
+
+MAX_NEW_TOKENS = 128
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("bundle", metavar="DIR", type=Path, help="a bundle folder of `keysieve compile`")
+    parser.add_argument(
+        "--prompt", metavar="TEXT|@FILE|-", required=True, help="the text, a file that holds it, or - for stdin"
+    )
+    parser.add_argument("--raw", action="store_true", help="feed the text as it is, not through the chat template")
+    parser.add_argument(
+        "--max-new-tokens",
+        metavar="N",
+        type=positive,
+        default=MAX_NEW_TOKENS,
+        help=f"tokens to generate at most (default {MAX_NEW_TOKENS})",
+    )
+    drawn = parser.add_argument_group("how tokens are drawn")
+    drawn.add_argument("--temperature", metavar="T", type=float, help="0 takes the likeliest token (default 0)")
+    drawn.add_argument("--top-p", metavar="P", type=float, help="from the likeliest tokens of mass P (default 1: all)")
+    drawn.add_argument("--top-k", metavar="K", type=natural, help="from the K likeliest tokens (default 0: all)")
+    drawn.add_argument("--seed", metavar="N", type=natural, help="the same seed draws the same tokens")
+    memory = parser.add_argument_group("memory and speed")
+    memory.add_argument("--budget", metavar="N", type=positive, help="rows kept (default: the bundle's)")
+    memory.add_argument("--capacity", metavar="N", type=positive, help="rows allocated (default: what is needed)")
+    memory.add_argument("--chunk", metavar="N", type=positive, help="prompt tokens a step (default: the interval)")
+    memory.add_argument("--threads", metavar="N", type=positive, help="CPU threads (default: all cores)")
+    memory.add_argument(
+        "--ignore-position-limit", action="store_true", help="go past the longest text the model was made for"
+    )
+    parser.add_argument("--stats", action="store_true", help="print speed and memory on stderr afterwards")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
+
+
+def run(args: Namespace) -> int:
+    prompt = prompt_text(args.prompt)
+    sampling = given(args, "temperature", "top_p", "top_k", "seed")
+    with usage_errors():
+        from keysieve.compiler.sampling import Sampling
+
+        Sampling(**sampling)
+    from keysieve.compiler.engine import load
+
+    quiet_transformers()
+    engine = load(args.bundle, args.threads)
+    options = {
+        "chat": not args.raw and bool(getattr(engine.tokenizer, "chat_template", None)),
+        "ignore_position_limit": args.ignore_position_limit,
+        **sampling,
+        **given(args, "max_new_tokens", "budget", "capacity", "chunk"),
+    }
+    if args.json:
+        (result,) = engine.generate(prompt, **options)
+        numbers = measured(engine, len(result.tokens))
+        show_json({"text": result.text, "token_ids": result.tokens, "reason": result.reason, **numbers})
+    else:
+        numbers = measured(engine, _stream(engine, prompt, options))
+    if args.stats:
+        print(_stats(numbers), file=sys.stderr)
+    return 0
+
+
+def _stream(engine: "Engine", prompt: str, options: dict[str, Any]) -> int:
+    """Print the text as it comes; returns the number of new tokens, without the one that stopped it."""
+    stops, count = set(engine.manifest.get("stop_tokens", [])), 0
+    steps = engine.stream(prompt, **options)  # a request that cannot be served raises here
+    try:
+        for step in steps:
+            count += step.tokens[0] not in stops
+            sys.stdout.write(step.texts[0])
+            sys.stdout.flush()
+    finally:
+        show("")  # so that an interrupt's message has its own line
+    return count
+
+
+def measured(engine: "Engine", tokens: int) -> dict[str, Any]:
+    """What the last request took: `tokens` new ones, speed, rows and bytes of its one sequence."""
+    timing, counters = engine.timing, engine.counters
+    if counters is None:
+        raise EngineError("the engine generated nothing, so there is nothing to report")
+    return {
+        "tokens": tokens,
+        "tokens_per_s": timing.tokens_per_s,
+        "prompt_tokens": timing.prompt_tokens,
+        "prompt_seconds": timing.prompt_seconds,
+        "rounds": counters.rounds[0],
+        "rows_held": counters.rows_held[0],
+        "rows_evicted": counters.rows_evicted[0],
+        "kv_bytes": counters.kv_bytes,
+        "capacity": counters.capacity,
+    }
+
+
+def _stats(numbers: dict[str, Any]) -> str:
+    rows = [
+        ("tokens", f"{numbers['tokens']:,}", f"{numbers['tokens_per_s']:.1f} tokens/s"),
+        ("prompt tokens", f"{numbers['prompt_tokens']:,}", f"{numbers['prompt_seconds']:.2f} s"),
+        ("rounds", f"{numbers['rounds']:,}", ""),
+        ("rows held", f"{numbers['rows_held']:,}", f"capacity {numbers['capacity']:,}"),
+        ("rows evicted", f"{numbers['rows_evicted']:,}", ""),
+        ("KV bytes", human_bytes(numbers["kv_bytes"]), ""),
+    ]
+    return table(rows, right=[1])

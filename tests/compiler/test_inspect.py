@@ -1,0 +1,113 @@
+"""inspect: one entry a layer, from a configuration alone or from a bundle, and a reason for every miss."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import MistralConfig
+
+from keysieve.compiler.config import EvictionConfig
+from keysieve.compiler.inspect import Report, inspect
+from keysieve.compiler.progress import Progress
+from keysieve.errors import BundleError, CaptureError
+from support.bundles import tiny_bundle, tiny_folder
+from support.tiny_models import VOCABULARY
+
+SMALL = EvictionConfig(budget=48, interval=16, sinks=2, recent=8)
+QUIET = Progress(quiet=True)
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tiny models and bundles of all test files lie."""
+    return tmp_path_factory.getbasetemp() / "tiny"
+
+
+@pytest.fixture(scope="module")
+def llama_report(root: Path) -> Report:
+    return inspect(tiny_folder("llama", root), SMALL, progress=QUIET)
+
+
+def config_only(name: str, root: Path, folder: Path) -> Path:
+    folder.mkdir()
+    shutil.copy(tiny_folder(name, root) / "config.json", folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "forms"),
+    [
+        ("gpt_neox", ["half_split"] * 3),
+        ("cohere", ["interleaved"] * 3),
+        ("smollm3", ["half_split", "nope"] * 2),
+    ],
+)
+def test_a_configuration_is_enough(name: str, forms: list[str], root: Path, tmp_path: Path) -> None:
+    report = inspect(config_only(name, root, tmp_path / "model"), SMALL, progress=QUIET)
+    assert [layer.layer for layer in report.layers] == list(range(len(forms)))
+    assert [str(layer.rope_form).split()[0].split("(")[0] for layer in report.layers] == forms
+    assert all(layer.matched and layer.kind == "full" and layer.reason is None for layer in report.layers)
+    assert len({layer.node for layer in report.layers}) == len(forms)
+    kv_heads = 4 if name == "gpt_neox" else 2
+    assert report.kv_bytes_per_token == len(forms) * kv_heads * (16 + 16) * 4
+    assert (report.budget, report.kv_bytes_for_budget) == (48, report.kv_bytes_per_token * (48 + 16))
+
+
+def test_a_bundle_reports_what_it_was_compiled_from(root: Path, llama_report: Report) -> None:
+    report = inspect(tiny_bundle("llama", SMALL, root))
+    model = llama_report
+    assert report.layers == model.layers
+    assert (report.kv_bytes_per_token, report.kv_bytes_for_budget) == (768, 768 * 64)
+    assert (model.kv_bytes_per_token, model.kv_bytes_for_budget) == (768, 768 * 64)
+    assert report.architecture == model.architecture == "LlamaForCausalLM"
+    assert report.nodes == {"KeySieveUpdate": 3, "KeySieveScore": 1, "KeySieveSelect": 1}
+    assert report.eviction["policy"]["name"] == "triattention"
+    entry = json.loads(json.dumps(report.to_json()))["layers"][1]
+    assert {"layer", "kind", "rope_form", "matched", "reason"} <= set(entry)
+
+
+def test_a_damaged_bundle_is_refused(root: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_bundle("llama", SMALL, root), tmp_path / "bundle")
+    (copy / "model.onnx").unlink()
+    with pytest.raises(BundleError, match=r"model\.onnx is missing"):
+        inspect(copy)
+
+
+def test_dtype_decides_the_bytes(root: Path, tmp_path: Path) -> None:
+    report = inspect(config_only("llama_mha", root, tmp_path / "model"), SMALL, "float16", QUIET)
+    assert (report.dtype, report.kv_bytes_per_token) == ("float16", 2 * 4 * 32 * 2)
+
+
+def test_every_miss_has_layer_node_and_reason(tmp_path: Path) -> None:
+    MistralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=64,
+        architectures=["MistralForCausalLM"],
+    ).save_pretrained(tmp_path)
+    report = inspect(tmp_path, progress=QUIET)
+    assert report.architecture == "MistralForCausalLM"
+    assert [(layer.layer, layer.kind, layer.matched, layer.rope_form) for layer in report.layers] == [
+        (0, "sliding", False, None),
+        (1, "sliding", False, None),
+    ]
+    for layer in report.layers:
+        assert layer.reason is not None
+        assert layer.reason.startswith("sliding window of 64 tokens: not supported yet")
+        assert layer.node.startswith("attention")
+
+
+def test_a_model_without_rope_matches_nothing(root: Path, tmp_path: Path) -> None:
+    report = inspect(config_only("gpt2", root, tmp_path / "model"), SMALL, progress=QUIET)
+    assert [(layer.kind, layer.rope_form, layer.matched) for layer in report.layers] == [("full", "nope", False)] * 2
+    assert all(layer.reason == "no layer of the model has a rotary embedding" for layer in report.layers)
+
+
+def test_a_folder_without_a_model_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CaptureError, match=r"has no config\.json, so it is not a HuggingFace model"):
+        inspect(tmp_path, progress=QUIET)

@@ -1,0 +1,433 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from keysieve.passes.find_attention import find_attention
+from keysieve.passes.find_rope import find_rope, rotation_matrix
+from keysieve.passes.rope_form import RopeForm
+from support.graphs import ToyDecoder, graph_of, matched, run
+from support.tiny_models import DECODERS, tiny_model
+
+FREQUENCIES = torch.tensor([1.0, 0.3, 0.05, 0.002])
+
+
+def rotate(x, cos, sin):
+    """Half-split RoPE as in transformers' Llama: x [B,H,S,D], cos and sin [B,1,S,D]."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+class Llama(nn.Module):
+    """Half-split RoPE; tests override one step of it."""
+
+    query_scale = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("frequencies", FREQUENCIES.clone())
+
+    def angles(self, positions):
+        """positions [B,S] -> [B,1,S,R/2]."""
+        return positions[:, None, :, None].float() * self.frequencies
+
+    def one(self, x, angles):
+        angles = torch.cat((angles, angles), -1)
+        return rotate(x, angles.cos(), angles.sin())
+
+    def forward(self, query, key, positions):
+        angles = self.angles(positions)
+        return self.one(query, angles), self.one(key, angles)
+
+
+def form_of(rope, **options):
+    """The form of a toy decoder's only layer; fails where it is missed."""
+    found = search(rope, **options)
+    assert not found.misses, str(found.misses[0])
+    return found.matches[0].form
+
+
+def miss_of(rope, **options):
+    """(reason, node that the miss names) of a toy decoder's only layer."""
+    graph = graph_of(ToyDecoder(rope, **options))
+    found = find_rope(graph, find_attention(graph).matches)
+    assert not found.matches, f"matched as {found.matches[0].form}"
+    (miss,) = found.misses
+    assert miss.layer == 0
+    node = next(node for node in graph.fx.nodes if node.name == miss.node)
+    return miss.reason, node
+
+
+def search(rope, **options):
+    graph = graph_of(ToyDecoder(rope, **options))
+    return find_rope(graph, find_attention(graph).matches)
+
+
+# -- models ----------------------------------------------------------------------------------------------------
+
+EXPECTED = {  # kind, head_dim, rotary_dim
+    "llama": ("half_split", 16, 16),
+    "llama_mha": ("half_split", 16, 16),
+    "llama_llama3": ("half_split", 16, 16),
+    "llama_linear": ("half_split", 16, 16),
+    "llama_yarn": ("half_split", 16, 16),
+    "qwen3": ("half_split", 32, 32),
+    "gpt_neox": ("half_split", 16, 8),
+    "cohere": ("interleaved", 16, 16),
+    "smollm3": ("half_split", 16, 16),
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_form_of_every_tiny_model(name):
+    found, model = matched(name), tiny_model(name)
+    rotary = next(module for module in model.modules() if hasattr(module, "inv_freq"))
+    assert not found.misses and len(found.ropes) == model.config.num_hidden_layers
+    for index, rope in enumerate(found.ropes):
+        assert rope.attention.layer == index
+        if name == "smollm3" and index % 2:
+            assert (rope.form.kind, rope.form.rotary_dim, len(rope.form.inv_freq)) == ("nope", 0, 0)
+            assert rope.query_pre is rope.attention.query and rope.key_pre is rope.attention.key
+            continue
+        form = rope.form
+        assert (form.kind, form.head_dim, form.rotary_dim) == EXPECTED[name]
+        np.testing.assert_allclose(form.inv_freq, rotary.inv_freq.double().numpy(), rtol=0, atol=1e-9)
+        assert form.scaling == pytest.approx(rotary.attention_scaling, abs=1e-9)
+        if name == "llama_yarn":
+            assert form.scaling == pytest.approx(1.1386, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "cohere", "llama_yarn"])
+def test_rotation_matrix_is_what_the_model_does(name):
+    """The form, applied to the model's own pre-RoPE queries, gives the model's own attention queries."""
+    found = matched(name)
+    tokens = torch.randint(3, 300, (2, 9))
+    positions = torch.stack([torch.arange(9), torch.arange(500, 509)])
+    given = {found.graph.inputs["input_ids"]: tokens, found.graph.inputs["position_ids"]: positions}
+    for rope in found.ropes:
+        pre = found.graph.evaluate(rope.query_pre, given)
+        post = found.graph.evaluate(rope.attention.query, given)
+        if pre.shape != post.shape:
+            pre = pre.transpose(1, 2)
+        for b, s in ((0, 0), (0, 8), (1, 4)):
+            matrix = torch.from_numpy(rotation_matrix(rope.form, int(positions[b, s])))
+            torch.testing.assert_close(pre[b, :, s] @ matrix.T, post[b, :, s], rtol=0, atol=1e-9)
+
+
+# -- the same rotation in other words --------------------------------------------------------------------------
+
+
+def test_toy_is_found_as_written():
+    form = form_of(Llama())
+    assert (form.kind, form.head_dim, form.rotary_dim, form.scaling) == ("half_split", 8, 8, 1)
+    np.testing.assert_allclose(form.inv_freq, FREQUENCIES.double(), rtol=0, atol=1e-9)
+
+
+class Chunked(Llama):
+    def one(self, x, angles):
+        first, second = x.chunk(2, -1)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+
+class Strided(Llama):
+    def one(self, x, angles):
+        real, imaginary = x[..., ::2], x[..., 1::2]
+        cos, sin = angles.cos(), angles.sin()
+        return torch.stack((real * cos - imaginary * sin, imaginary * cos + real * sin), -1).flatten(-2)
+
+
+class Complex(Llama):
+    """As in Meta's own Llama and DeepSeek: pairs are complex numbers, multiplied by polar(1, angle)."""
+
+    def one(self, x, angles):
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2).type_as(x)
+
+
+class ComplexTable(Llama):
+    """The same with a precomputed table, indexed by position."""
+
+    def __init__(self):
+        super().__init__()
+        angles = torch.outer(torch.arange(1024).float(), FREQUENCIES)
+        self.register_buffer("table", torch.polar(torch.ones_like(angles), angles))
+
+    def angles(self, positions):
+        return self.table[positions][:, None]
+
+    def one(self, x, turn):
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * turn).flatten(-2).type_as(x)
+
+
+class SequenceFirst(Llama):
+    """Rotated as [B,S,H,D], and transposed afterwards."""
+
+    def one(self, x, angles):
+        return super().one(x.transpose(1, 2), angles.transpose(1, 2)).transpose(1, 2)
+
+
+class Scaled(Llama):
+    def one(self, x, angles):
+        return super().one(x, angles) * 1.25
+
+
+class Partial(Llama):
+    def one(self, x, angles):
+        return torch.cat((super().one(x[..., :6], angles[..., :3]), x[..., 6:]), -1)
+
+
+class PartialInterleaved(Strided):
+    def one(self, x, angles):
+        return torch.cat((super().one(x[..., :4], angles[..., :2]), x[..., 4:]), -1)
+
+
+class Backwards(Llama):
+    """Turned the other way round: the same form with negative frequencies."""
+
+    def angles(self, positions):
+        return -super().angles(positions)
+
+
+@pytest.mark.parametrize(
+    ("rope", "kind", "rotary_dim", "scaling", "sign"),
+    [
+        (Chunked, "half_split", 8, 1, 1),
+        (Strided, "interleaved", 8, 1, 1),
+        (Complex, "interleaved", 8, 1, 1),
+        (ComplexTable, "interleaved", 8, 1, 1),
+        (SequenceFirst, "half_split", 8, 1, 1),
+        (Scaled, "half_split", 8, 1.25, 1),
+        (Partial, "half_split", 6, 1, 1),
+        (PartialInterleaved, "interleaved", 4, 1, 1),
+        (Backwards, "half_split", 8, 1, -1),
+    ],
+)
+def test_form_does_not_depend_on_how_it_is_written(rope, kind, rotary_dim, scaling, sign):
+    form = form_of(rope())
+    assert (form.kind, form.rotary_dim) == (kind, rotary_dim)
+    assert form.scaling == pytest.approx(scaling, abs=1e-7)
+    tolerance = 1e-6 if rope is ComplexTable else 1e-9  # the table is float32
+    np.testing.assert_allclose(form.inv_freq, sign * FREQUENCIES.double()[: rotary_dim // 2], rtol=0, atol=tolerance)
+
+
+class RmsNormed(Llama):
+    """A norm with weights before RoPE, as in Qwen3."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.RMSNorm(8)
+        self.norm.weight.data = torch.linspace(0.5, 2, 8)
+
+    def forward(self, query, key, positions):
+        return super().forward(self.norm(query), self.norm(key), positions)
+
+
+def test_pre_rope_tensor_is_behind_the_norm():
+    toy = ToyDecoder(RmsNormed())
+    graph = graph_of(toy)
+    (rope,) = find_rope(graph, find_attention(graph).matches).matches
+    graph.outputs = {"pre": rope.query_pre}
+    tokens, positions = torch.randint(3, 300, (2, 6)), torch.arange(6).repeat(2, 1)
+    pre = run(graph, {"input_ids": tokens, "position_ids": positions})["pre"]
+    queries = toy.query(toy.embedding(tokens)).unflatten(-1, (4, 8)).transpose(1, 2)
+    torch.testing.assert_close(pre, toy.rope.norm(queries), rtol=1e-6, atol=1e-6)
+
+
+def no_rope(query, key, positions):
+    return query, key
+
+
+def test_without_rotation_the_form_is_nope():
+    form = form_of(no_rope)
+    assert (form.kind, form.head_dim, form.rotary_dim, form.scaling, len(form.inv_freq)) == ("nope", 8, 0, 1, 0)
+
+
+# -- rotations that are refused --------------------------------------------------------------------------------
+
+
+class Quadratic(Llama):
+    def angles(self, positions):
+        return (positions * positions)[:, None, :, None].float() * self.frequencies
+
+
+class Logarithmic(Llama):
+    """Linear at positions 0 and 1, and nowhere else."""
+
+    def angles(self, positions):
+        return torch.log2(positions[:, None, :, None].float() + 1) * self.frequencies
+
+
+class Capped(Llama):
+    """Linear up to 20, then constant: only a far position shows it."""
+
+    def angles(self, positions):
+        return positions.clamp(max=20)[:, None, :, None].float() * self.frequencies
+
+
+class Shifted(Llama):
+    def angles(self, positions):
+        return super().angles(positions + 1)
+
+
+class PerHead(Llama):
+    def one(self, x, angles):
+        heads = torch.linspace(0.5, 1, x.shape[1])[None, :, None, None]
+        return super().one(x, angles * heads)
+
+
+class PermutedDims(Llama):
+    def one(self, x, angles):
+        return super().one(x, angles)[..., [1, 0, 2, 3, 5, 4, 6, 7]]
+
+
+class OddPairs(Llama):
+    """Pairs (0, 1), (2, 3) by one rule and (4, 6), (5, 7) by another."""
+
+    def one(self, x, angles):
+        first, second = x[..., [0, 2, 4, 5]], x[..., [1, 3, 6, 7]]
+        cos, sin = angles.cos(), angles.sin()
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+        return turned[..., [0, 4, 1, 5, 2, 3, 6, 7]]
+
+
+class ScaledRest(Llama):
+    def one(self, x, angles):
+        return torch.cat((super().one(x[..., :4], angles[..., :2]), 2 * x[..., 4:]), -1)
+
+
+class LastDims(Llama):
+    """As in DeepSeek's heads: the rotated dims come last."""
+
+    def one(self, x, angles):
+        return torch.cat((x[..., :4], super().one(x[..., 4:], angles[..., :2])), -1)
+
+
+class ScaledPairs(Llama):
+    def one(self, x, angles):
+        return super().one(x, angles) * torch.tensor([1.0, 2, 3, 4, 1, 2, 3, 4])
+
+
+class Reflected(Llama):
+    """The sign of one product is wrong, so a pair is not turned but sheared."""
+
+    def one(self, x, angles):
+        first, second = x.chunk(2, -1)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((first * cos + second * sin, second * cos + first * sin), -1)
+
+
+class Tempered(Llama):
+    """Queries that also grow with the position, as in Llama 4."""
+
+    def forward(self, query, key, positions):
+        query, key = super().forward(query, key, positions)
+        return query * (1 + 0.1 * torch.log1p(positions.float()))[:, None, :, None], key
+
+
+class NormedAfter(Llama):
+    """A norm after RoPE, as in Llama 4: not linear, though it is on unit vectors."""
+
+    def one(self, x, angles):
+        x = super().one(x, angles)
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+class Biased(Llama):
+    def one(self, x, angles):
+        return super().one(x, angles) + 0.5
+
+
+class OtherKeys(Llama):
+    def forward(self, query, key, positions):
+        angles = self.angles(positions)
+        return self.one(query, angles), self.one(key, angles * 2)
+
+
+class PlainKeys(Llama):
+    def forward(self, query, key, positions):
+        return self.one(query, self.angles(positions)), key
+
+
+class ScaledKeys(Llama):
+    def forward(self, query, key, positions):
+        query, key = super().forward(query, key, positions)
+        return query, key * 1.5
+
+
+class Counted(Llama):
+    """Positions from the shape of the input, not from position_ids: wrong as soon as there is a cache."""
+
+    def forward(self, query, key, positions):
+        return super().forward(query, key, torch.arange(query.shape[2])[None])
+
+
+LINEAR = torch.ops.aten.linear.default
+ATTENTION = torch.ops.keysieve.attention.default
+PROPORTIONAL = "neither half-split nor interleaved with angles proportional to the position"
+
+
+@pytest.mark.parametrize(
+    ("rope", "reason"),
+    [
+        (Quadratic, PROPORTIONAL),
+        (Logarithmic, PROPORTIONAL),
+        (Capped, PROPORTIONAL),
+        (OddPairs, PROPORTIONAL),
+        (Reflected, PROPORTIONAL),
+        (Tempered, PROPORTIONAL),
+        (Shifted, "not diagonal"),
+        (PermutedDims, "not diagonal"),
+        (Biased, "not linear"),
+        (NormedAfter, "not linear"),
+        (PerHead, "heads are rotated differently"),
+        (ScaledRest, "the dims that are not rotated are scaled"),
+        (LastDims, "the rotated dims are not the first ones of the head (4 of 8 rotate)"),
+        (ScaledPairs, "does not scale all rotated dims alike"),
+        (Counted, "position_ids"),
+    ],
+)
+def test_wrong_rotation_is_a_miss_with_its_reason(rope, reason):
+    found, node = miss_of(rope())
+    assert reason in found
+    assert node.meta["val"].shape[-1] == 8, "the node is the rotation's input, not the projection before it"
+
+
+@pytest.mark.parametrize("rope", [OtherKeys, PlainKeys, ScaledKeys])
+def test_queries_and_keys_must_have_the_same_form(rope):
+    reason, node = miss_of(rope())
+    assert reason.startswith("queries have RoPE") and "but keys have" in reason
+    assert node.target is ATTENTION
+
+
+def test_one_bad_layer_does_not_hide_the_good_ones():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.good, self.bad = ToyDecoder(Llama()), ToyDecoder(Quadratic())
+
+        def forward(self, input_ids, position_ids):
+            return self.good(input_ids, position_ids) + self.bad(input_ids, position_ids)
+
+    graph = graph_of(Two())
+    found = find_rope(graph, find_attention(graph).matches)
+    assert [match.attention.layer for match in found.matches] == [0]
+    assert [miss.layer for miss in found.misses] == [1]
+    assert str(found.misses[0]).startswith("layer 1, node ")
+
+
+# -- the form itself -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["half_split", "interleaved"])
+def test_rotation_matrix_turns_pairs(kind):
+    form = RopeForm(kind, 6, 4, np.array([1.0, 0.25]), 2.0)
+    matrix = rotation_matrix(form, 3)
+    x = np.arange(1.0, 7)
+    real, imaginary = form.pairs
+    pairs = 2 * (x[real] + 1j * x[imaginary]) * np.exp(3j * form.inv_freq)
+    found = matrix @ x
+    np.testing.assert_allclose(found[real] + 1j * found[imaginary], pairs, rtol=1e-12)
+    np.testing.assert_array_equal(found[4:], x[4:])
+    assert str(form) == f"{kind} partial 4/6 scaling 2"

@@ -1,0 +1,153 @@
+"""The graph with a cache, run eagerly in torch, is the model: any split of a sequence into steps gives its logits."""
+
+import pytest
+import torch
+from torch import nn
+
+from keysieve.errors import MatchError
+from keysieve.passes.find_attention import find_attention
+from keysieve.passes.insert_cache import insert_cache
+from support.graphs import ToyDecoder, graph_of, match, run
+from support.tiny_models import tiny_model
+
+BATCH, CAPACITY = 3, 20
+STATE = ["count", "position", "length", "plan", "keep"]
+
+
+@pytest.fixture(scope="module")
+def llama():
+    found = match("llama")
+    cache = insert_cache(found.graph, found.attentions, "per_head")
+    return found.graph, cache
+
+
+def empty_state(graph, plan_layers=1, kv_heads=2, head_dim=16, layers=3):
+    caches = {
+        f"{name}_{n}": torch.zeros(BATCH, kv_heads, CAPACITY, head_dim)
+        for n in range(layers)
+        for name in ("key", "value")
+    }
+    return caches | {
+        "length": torch.zeros(BATCH, dtype=torch.int32),
+        "position": torch.zeros(BATCH, dtype=torch.int64),
+        "keep": torch.full((BATCH,), -1, dtype=torch.int32),
+        "plan": torch.zeros(plan_layers, BATCH, kv_heads, CAPACITY, dtype=torch.int32),
+    }
+
+
+def feed(graph, state, tokens, count):
+    out = run(graph, state | {"input_ids": tokens, "count": torch.tensor(count, dtype=torch.int32)})
+    state |= {name.removesuffix("_next"): value for name, value in out.items() if name.endswith("_next")}
+    state["position"] = state["position"] + torch.tensor(count)
+    return out["logits"]
+
+
+def test_inputs_and_outputs(llama):
+    graph, cache = llama
+    batch, tokens = graph.shape(graph.inputs["input_ids"])
+    capacity = graph.symbol("C")
+    caches = [f"{name}_{layer}" for layer in range(3) for name in ("key", "value")]
+    assert list(graph.inputs) == ["input_ids", *STATE, *caches], "position_ids is gone"
+    assert set(graph.outputs) == {"logits", "length_next", *(f"{name}_next" for name in caches)}
+    shapes = {name: graph.shape(node) for name, node in graph.inputs.items()}
+    assert all(shapes[name] == (batch,) for name in ("count", "position", "length", "keep"))
+    assert shapes["plan"] == (1, batch, 2, capacity)
+    assert all(shapes[name] == (batch, 2, capacity, 16) for name in caches)
+    dtypes = {name: node.meta["val"].dtype for name, node in graph.inputs.items()}
+    assert dtypes["position"] == torch.int64 and dtypes["key_0"] == torch.float32
+    assert all(dtypes[name] == torch.int32 for name in ("count", "length", "plan", "keep"))
+    for name in caches:
+        assert graph.shape(graph.outputs[f"{name}_next"]) == shapes[name]
+    assert graph.shape(cache.positions) == (batch, tokens) and len(cache.keys) == 3
+
+
+def test_only_update_reads_the_old_cache(llama):
+    graph, _ = llama
+    update = torch.ops.keysieve.update.default
+    for layer in range(3):
+        for name in ("key", "value"):
+            users = graph.inputs[f"{name}_{layer}"].users
+            (user,) = [node for node in users if node.target is not torch.ops.aten.sym_size.int]
+            assert user.target is update and user.args[7] == layer
+    assert not graph.calls(torch.ops.keysieve.attention.default)
+    assert len(graph.calls(torch.ops.keysieve.attend.default)) == len(graph.calls(update)) == 3
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "smollm3"])
+def test_any_split_into_steps_gives_the_models_logits(name, llama):
+    if name == "llama":
+        graph = llama[0]
+    else:
+        found = match(name)
+        graph = found.graph
+        insert_cache(graph, found.attentions, "per_head")
+    config = tiny_model(name).config
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    tokens = torch.randint(3, 300, (BATCH, 18))
+    lengths = [18, 11, 1]
+    expected = [
+        tiny_model(name)(input_ids=row[None, :n], use_cache=False).logits[0]
+        for row, n in zip(tokens, lengths, strict=True)
+    ]
+    state = empty_state(graph, kv_heads=kv_heads, layers=config.num_hidden_layers)
+    done = [0, 0, 0]
+    for size in (7, 1, 8, 2):
+        count = [min(size, n - d) for n, d in zip(lengths, done, strict=True)]
+        chunk = torch.zeros(BATCH, size, dtype=torch.long)  # padded on the right
+        for b, (d, n) in enumerate(zip(done, count, strict=True)):
+            chunk[b, :n] = tokens[b, d : d + n]
+        logits = feed(graph, state, chunk, count)
+        for b, (d, n) in enumerate(zip(done, count, strict=True)):
+            torch.testing.assert_close(logits[b, :n], expected[b][d : d + n], rtol=1e-4, atol=2e-5)
+        done = [d + n for d, n in zip(done, count, strict=True)]
+        assert state["length"].tolist() == done
+
+
+def test_a_plan_is_executed_by_the_next_step_and_positions_go_on(llama):
+    """Sequence 0 drops rows 2 and 4; what it sees from then on is the model with those two masked."""
+    graph, _ = llama
+    tokens = torch.randint(3, 300, (BATCH, 9))
+    state = empty_state(graph)
+    feed(graph, state, tokens[:, :6], [6] * BATCH)
+    before = {name: value.clone() for name, value in state.items() if name.startswith(("key", "value"))}
+    state["keep"] = torch.tensor([4, -1, -1], dtype=torch.int32)
+    state["plan"][0, 0, :, :4] = torch.tensor([0, 1, 3, 5])
+    logits = feed(graph, state, tokens[:, 6:7], [1] * BATCH)
+    assert state["length"].tolist() == [5, 7, 7] and state["position"].tolist() == [7, 7, 7]
+    for name, old in before.items():
+        assert torch.equal(state[name][0, :, :4], old[0, :, [0, 1, 3, 5]])
+        assert torch.equal(state[name][1:, :, :6], old[1:, :, :6])
+    from support.masked_reference import forward
+
+    def visible(layer, n):
+        seen = torch.ones(n, n, dtype=torch.bool).tril()
+        seen[6, [2, 4]] = False
+        return seen.expand(2, n, n).numpy()
+
+    expected, _ = forward(tiny_model("llama"), tokens[0, :7].tolist(), visible)
+    torch.testing.assert_close(logits[0, 0], expected[6], rtol=1e-4, atol=2e-5)
+    dense = tiny_model("llama")(input_ids=tokens[:, :7], use_cache=False).logits
+    torch.testing.assert_close(logits[1:, 0], dense[1:, 6], rtol=1e-4, atol=2e-5)
+    assert (logits[0, 0] - dense[0, 6]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("scope", "shape"), [("per_layer_per_head", (1, 2)), ("per_head", (1, 2)), ("union", (1, 1))])
+def test_plan_input_has_the_shape_of_the_scope(scope, shape):
+    graph = graph_of(ToyDecoder(lambda query, key, positions: (query, key)))
+    insert_cache(graph, find_attention(graph).matches, scope)
+    plan = graph.shape(graph.inputs["plan"])
+    assert (plan[0], plan[2]) == shape
+
+
+def test_layers_of_different_shapes_are_an_error():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (ToyDecoder(lambda q, k, p: (q, k), kv_heads=n) for n in (2, 4))
+
+        def forward(self, input_ids, position_ids):
+            return self.first(input_ids, position_ids) + self.second(input_ids, position_ids)
+
+    graph = graph_of(Two())
+    with pytest.raises(MatchError, match="layer 1 has kv_heads 4, layer 0 has 2"):
+        insert_cache(graph, find_attention(graph).matches, "union")

@@ -1,0 +1,73 @@
+"""Captured graphs for the pass tests: tiny models, hand-made toy decoders, and a way to run an edited graph."""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, export
+
+import keysieve.plugins.torch_ops  # noqa: F401  (registers torch.ops.keysieve)
+from keysieve.compiler.pipeline import Matched, find
+from keysieve.compiler.progress import Progress
+from keysieve.passes.graph import Graph
+from support.tiny_models import VOCABULARY, tiny_model
+
+Rope = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""rope(query [B,Hq,S,D], key [B,Hkv,S,D], position_ids [B,S]) -> both, rotated."""
+
+
+def match(name: str) -> Matched:
+    """A fresh capture of that tiny model with what is found in it; the test may edit it."""
+    return find(tiny_model(name), Progress(quiet=True))
+
+
+@lru_cache
+def matched(name: str) -> Matched:
+    """The same, made once a session; the test must leave it as it is."""
+    return match(name)
+
+
+class ToyDecoder(nn.Module):
+    """One attention layer with a rotation (or anything else) of the test's own, written in plain torch."""
+
+    def __init__(self, rope: Rope, heads: int = 4, kv_heads: int = 2, head_dim: int = 8, **attention: float):
+        super().__init__()
+        self.rope = rope
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.attention = {"window": 0, "softcap": 0.0} | attention
+        self.embedding = nn.Embedding(VOCABULARY, 16)
+        self.query = nn.Linear(16, heads * head_dim, bias=False)
+        self.key = nn.Linear(16, kv_heads * head_dim, bias=False)
+        self.value = nn.Linear(16, kv_heads * head_dim, bias=False)
+        self.out = nn.Linear(heads * head_dim, VOCABULARY, bias=False)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        hidden = self.embedding(input_ids)
+        query, key, value = (
+            projection(hidden).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.query, self.key, self.value)
+        )
+        query, key = self.rope(query, key, position_ids)
+        window, softcap = int(self.attention["window"]), float(self.attention["softcap"])
+        result = torch.ops.keysieve.attention(query, key, value, None, 0.5, window, softcap, 0)
+        return self.out(result.transpose(1, 2).flatten(2))
+
+
+def graph_of(module: nn.Module) -> Graph:
+    """Export forward(input_ids [B,S], position_ids [B,S]) -> logits with dynamic sizes, as capture does."""
+    tokens, positions = torch.zeros(3, 5, dtype=torch.long), torch.arange(5).repeat(3, 1)
+    dynamic = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    shapes = {"input_ids": dynamic, "position_ids": dynamic}
+    with torch.no_grad():
+        return Graph(export(module.eval(), (tokens, positions), dynamic_shapes=shapes, strict=False))
+
+
+@torch.no_grad()
+def run(graph: Graph, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Run a graph eagerly in torch on inputs by name (those it lacks are left out); returns its outputs by name."""
+    if not graph.closed:
+        graph.program()
+    placeholders = [node for node in graph.fx.nodes if node.op == "placeholder"]
+    arguments = [graph.tensors[node] if node in graph.tensors else given[node.name] for node in placeholders]
+    return dict(zip(graph.outputs, graph.module(*arguments), strict=True))
