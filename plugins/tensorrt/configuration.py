@@ -10,7 +10,11 @@ from keysieve.errors import ExportError
 from keysieve.kernels.triton.configuration import KernelConfiguration
 from keysieve.plugins.contract import DOMAIN, SCORE, SELECT, UPDATE
 
-DTYPES = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16", TensorProto.FLOAT: "float32"}
+DTYPES: dict[int, str] = {
+    TensorProto.FLOAT16: "float16",
+    TensorProto.BFLOAT16: "bfloat16",
+    TensorProto.FLOAT: "float32",
+}
 
 
 def read_configuration(model: Path) -> KernelConfiguration:
