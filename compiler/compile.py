@@ -71,7 +71,7 @@ def compile(
             export_onnx(graph, folder / MODEL, _metadata(config, model_identity), config.inline)
             stage.note(f"{sum(f.stat().st_size for f in folder.iterdir()) / 1e6:,.0f} MB")
         with progress.stage("bundle"):
-            tokenizer.save_pretrained(folder)  # type: ignore[union-attr]
+            _save_tokenizer(tokenizer, folder, output)
             loaded.config.save_pretrained(folder)
             if statistics is not None:
                 statistics_file.save(statistics, folder / STATISTICS)
@@ -80,6 +80,15 @@ def compile(
             report = replace(report, nodes=_node_counts(graph))
             write_manifest(folder, _manifest(loaded, tokenizer, config, model_identity, sizes, report))
     return report
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path, output: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # tokenizers raises bare exceptions for what the system refuses
+        raise BundleError(
+            f"cannot write {output}: the tokenizer cannot be saved ({error}); nothing was left behind"
+        ) from error
 
 
 def _statistics(

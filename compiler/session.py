@@ -34,6 +34,14 @@ class Counters:
     rounds: list[int] = field(default_factory=list)
 
 
+def one_a_sequence(budget: int | Sequence[int], batch: int) -> np.ndarray:
+    """A budget for all, or one a sequence, as [B] int32. Raises EngineError for any other number of them."""
+    given = np.atleast_1d(np.asarray(budget, np.int32))
+    if given.ndim != 1 or len(given) not in (1, batch):
+        raise EngineError(f"{given.size} budgets were given for {batch} prompts; give one for all, or one each")
+    return np.broadcast_to(given, (batch,)).copy()
+
+
 class Session:
     """State of `batch` sequences: caches of `capacity` rows, lengths, positions and the pending plan.
 
@@ -56,7 +64,7 @@ class Session:
         self.dense = budget is None
         sizes, eviction = manifest["sizes"], manifest["eviction"]
         self._interval = int(eviction["interval"])
-        self._budget = np.broadcast_to(np.asarray(capacity if budget is None else budget, np.int32), (batch,)).copy()
+        self._budget = one_a_sequence(capacity if budget is None else budget, batch)
         self._check_room(eviction)
         layers, heads = sizes["layers"], sizes["kv_heads"]
         dtype = NUMPY_DTYPES[manifest["dtype"]]
