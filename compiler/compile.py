@@ -96,10 +96,9 @@ def _statistics(
 ) -> Statistics | None:
     if config.stats is None:
         return None
-    if not weights_known:
-        model = {k: v for k, v in model.items() if k != "weights_sha256"}
     heads = [attention.query_heads for attention in matched.attentions]
-    return statistics_file.read(config.stats, model, [rope.form for rope in matched.ropes], heads)
+    unknown = () if weights_known else ("weights_sha256",)
+    return statistics_file.read(config.stats, model, [rope.form for rope in matched.ropes], heads, unknown)
 
 
 def _initial_state(config: CompileConfig, matched: Matched, statistics: Statistics | None) -> dict[str, np.ndarray]:
