@@ -118,7 +118,10 @@ def read_tokens(engine: Engine, text: Path, max_tokens: int) -> list[int]:
     if engine.tokenizer is None:
         raise EngineError(f"{engine.bundle.path} has no tokenizer, so it cannot read {text}")
     chunks = token_chunks(iter_texts([text]), engine.tokenizer, CHUNK, max_tokens)
-    return [token for chunk in chunks for token in chunk]
+    tokens = [token for chunk in chunks for token in chunk]
+    if len(tokens) < 2:
+        raise ConfigError(f"{text} has one token, so there is no next one to compare; give a longer text")
+    return tokens
 
 
 def evicting_session(engine: Engine, budget: int) -> Session:

@@ -71,7 +71,7 @@ def compile(
             export_onnx(graph, folder / MODEL, _metadata(config, model_identity), config.inline)
             stage.note(f"{sum(f.stat().st_size for f in folder.iterdir()) / 1e6:,.0f} MB")
         with progress.stage("bundle"):
-            tokenizer.save_pretrained(folder)  # type: ignore[union-attr]
+            _save_tokenizer(tokenizer, folder, output)
             loaded.config.save_pretrained(folder)
             if statistics is not None:
                 statistics_file.save(statistics, folder / STATISTICS)
@@ -82,15 +82,23 @@ def compile(
     return report
 
 
+def _save_tokenizer(tokenizer: Any, folder: Path, output: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # tokenizers raises bare exceptions for what the system refuses
+        raise BundleError(
+            f"cannot write {output}: the tokenizer cannot be saved ({error}); nothing was left behind"
+        ) from error
+
+
 def _statistics(
     config: CompileConfig, model: dict[str, str | int], matched: Matched, weights_known: bool
 ) -> Statistics | None:
     if config.stats is None:
         return None
-    if not weights_known:
-        model = {k: v for k, v in model.items() if k != "weights_sha256"}
     heads = [attention.query_heads for attention in matched.attentions]
-    return statistics_file.read(config.stats, model, [rope.form for rope in matched.ropes], heads)
+    unknown = () if weights_known else ("weights_sha256",)
+    return statistics_file.read(config.stats, model, [rope.form for rope in matched.ropes], heads, unknown)
 
 
 def _initial_state(config: CompileConfig, matched: Matched, statistics: Statistics | None) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from keysieve.compiler.bundle import STATE, Bundle, open_bundle
 from keysieve.compiler.sampling import Sampler, Sampling
-from keysieve.compiler.session import NUMPY_DTYPES, Counters, Session
+from keysieve.compiler.session import NUMPY_DTYPES, Counters, Session, one_a_sequence
 from keysieve.errors import BundleError, EngineError
 
 Prompt = str | Sequence[int]
@@ -152,7 +152,7 @@ class Engine:
         if prompt_mode not in ("evictable", "pinned"):
             raise EngineError(f"unknown prompt mode {prompt_mode!r}; choose evictable or pinned")
         sequences = [_Sequence(tokens, len(tokens) if prompt_mode == "pinned" else 0) for tokens in ids]
-        budgets = np.broadcast_to(np.asarray(eviction["budget"] if budget is None else budget), (len(ids),))
+        budgets = one_a_sequence(eviction["budget"] if budget is None else budget, len(ids))
         if not dense:
             self._check_pinned(sequences, budgets)
         interval, most = int(eviction["interval"]), int(budgets.max())

@@ -34,6 +34,14 @@ class Counters:
     rounds: list[int] = field(default_factory=list)
 
 
+def one_a_sequence(budget: int | Sequence[int], batch: int) -> np.ndarray:
+    """A budget for all, or one a sequence, as [B] int32. Raises EngineError for any other number of them."""
+    given = np.atleast_1d(np.asarray(budget, np.int32))
+    if given.ndim != 1 or len(given) not in (1, batch):
+        raise EngineError(f"{given.size} budgets were given for {batch} prompts; give one for all, or one each")
+    return np.broadcast_to(given, (batch,)).copy()
+
+
 class Session:
     """State of `batch` sequences: caches of `capacity` rows, lengths, positions and the pending plan.
 
@@ -56,7 +64,7 @@ class Session:
         self.dense = budget is None
         sizes, eviction = manifest["sizes"], manifest["eviction"]
         self._interval = int(eviction["interval"])
-        self._budget = np.broadcast_to(np.asarray(capacity if budget is None else budget, np.int32), (batch,)).copy()
+        self._budget = one_a_sequence(capacity if budget is None else budget, batch)
         self._check_room(eviction)
         layers, heads = sizes["layers"], sizes["kv_heads"]
         dtype = NUMPY_DTYPES[manifest["dtype"]]
@@ -85,7 +93,7 @@ class Session:
         self._total_evicted = np.zeros(batch, np.int64)
         self._layers, self._kv_bytes = layers, kv_bytes
         self._vocab_size = int(manifest["vocab_size"])
-        self._logits: ort.OrtValue | None = None
+        self._logits: tuple[np.ndarray, ort.OrtValue] | None = None
         self._binding = runtime.io_binding()
         for name, cache in self._caches.items():
             self._binding.bind_ortvalue_input(name, cache)
@@ -154,8 +162,8 @@ class Session:
         for name in self._now:
             binding.bind_ortvalue_input(name, self._now[name])
             binding.bind_ortvalue_output(f"{name}_next", self._next[name])
-        logits = self._logits_buffer(logits_at.shape[1])
-        binding.bind_ortvalue_output("logits", logits)
+        logits, buffer = self._logits_buffer(logits_at.shape[1])
+        binding.bind_ortvalue_output("logits", buffer)
         self._runtime.run_with_iobinding(binding)
         self._now, self._next = self._next, self._now
         evicted = self._evicted.numpy()
@@ -163,13 +171,17 @@ class Session:
         self._tokens += count
         self._total_evicted += evicted
         self._rounds += evicted > 0
-        return np.asarray(logits.numpy())
+        return logits
 
-    def _logits_buffer(self, wanted: int) -> ort.OrtValue:
-        """[B,N,V] float32, kept from step to step while N stays the same."""
-        shape = [self.batch, wanted, self._vocab_size]
-        if self._logits is None or self._logits.shape() != shape:
-            self._logits = ort.OrtValue.ortvalue_from_numpy(np.empty(shape, np.float32))
+    def _logits_buffer(self, wanted: int) -> tuple[np.ndarray, ort.OrtValue]:
+        """[B,N,V] float32, kept from step to step while N stays the same.
+
+        The array owns the memory and the OrtValue only refers to it, so what a caller holds outlives the session.
+        """
+        shape = (self.batch, wanted, self._vocab_size)
+        if self._logits is None or self._logits[0].shape != shape:
+            array = np.empty(shape, np.float32)
+            self._logits = (array, ort.OrtValue.ortvalue_from_numpy(array))
         return self._logits
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ Source of the statistics: TriAttention, arXiv 2604.04921: E[q_f] and E|q_f| of e
 import json
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -199,12 +199,20 @@ def load(path: str | Path) -> Statistics:
         raise StatisticsError(f"{path}: damaged metadata ({error!r}); {RECALIBRATE}") from error
 
 
-def check_matches(statistics: Statistics, model_identity: Mapping[str, str | int], ropes: list[RopeForm]) -> None:
+def check_matches(
+    statistics: Statistics,
+    model_identity: Mapping[str, str | int],
+    ropes: list[RopeForm],
+    unknown: Collection[str] = (),
+) -> None:
     """Raise StatisticsError, naming the first difference and both values, unless statistics fit the model.
 
+    unknown: identity fields that cannot be checked (a model without weights has no weights_sha256).
     model_identity: the same fields as Statistics.model; ropes: one per attention layer, in model order.
     """
     for name in dict.fromkeys([*model_identity, *statistics.model]):
+        if name in unknown:
+            continue
         _check_equal(name, statistics.model.get(name), model_identity.get(name))
     _check_equal("number of attention layers", len(statistics.layers), len(ropes))
     for entry, rope in zip(statistics.layers, ropes, strict=True):
@@ -283,7 +291,11 @@ def load_official(
 
 
 def read(
-    path: str | Path, model_identity: Mapping[str, str | int], ropes: list[RopeForm], query_heads: list[int]
+    path: str | Path,
+    model_identity: Mapping[str, str | int],
+    ropes: list[RopeForm],
+    query_heads: list[int],
+    unknown: Collection[str] = (),
 ) -> Statistics:
     """Read a statistics file of either format and check that it belongs to the model.
 
@@ -293,7 +305,7 @@ def read(
     if _is_official(existing(path)):
         return load_official(path, model_identity, ropes, query_heads)
     statistics = load(path)
-    check_matches(statistics, model_identity, ropes)
+    check_matches(statistics, model_identity, ropes, unknown)
     for entry, heads in zip(statistics.layers, query_heads, strict=True):
         _check_equal(f"layer {entry.layer}: number of query heads", entry.q_mean.shape[0], heads)
     return statistics
