@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -41,6 +41,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists():
         raise BundleError(f"output {path} exists already; remove it or choose another name")
+    missing = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -54,6 +55,10 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise BundleError(f"cannot write {path}: {error.strerror or error}; nothing was left behind") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not path.exists():
+            for folder in missing:
+                with suppress(OSError):  # somebody else uses it by now
+                    folder.rmdir()
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:

@@ -35,13 +35,15 @@ def calibrate(
 
     texts None: Python's own reference topics. Memory stays constant. An interrupted run (Ctrl-C) keeps what is done
     in `output`, and the same call goes on from there; a finished file of the same model and text is left as it is.
-    An output that ends in .pt is written in the official TriAttention format (which cannot be resumed).
+    An output that ends in .pt is written in the official TriAttention format, which cannot be resumed or replaced.
     Raises StatisticsError where `output` holds statistics of something else, ConfigError for bad text or options.
     """
     progress = progress or Progress()
     output = Path(output)
     if not output.resolve().parent.is_dir():
         raise ConfigError(f"the folder of output {output} does not exist; create it or choose another name")
+    if output.suffix == ".pt" and output.exists():
+        raise StatisticsError(f"output {output} exists already; remove it or choose another name")
     text_hash = text_sha256(iter_texts(texts))
     tokenizer = load_tokenizer(model)
     with progress.stage("load"):
@@ -57,9 +59,9 @@ def calibrate(
         return resumed
     chunks = token_chunks(iter_texts(texts), tokenizer, chunk, max_tokens)
     with progress.stage("calibrate") as stage:
-        start = resumed or Statistics([], 0, max_tokens, text_hash, model_identity)
+        start = resumed or Statistics([], 0, max_tokens, text_hash, model_identity, chunk)
         start.tokens_planned = max_tokens
-        result = _measure(matched, chunks, start, output, chunk, progress)
+        result = _measure(matched, chunks, start, output, progress)
         stage.note(f"{result.tokens:,} tokens" + (f", {done:,} of them before" if done else ""))
     _save(result, output)
     return result
@@ -70,7 +72,6 @@ def _measure(
     chunks: Iterator[list[int]],
     start: Statistics,
     output: Path,
-    chunk: int,
     progress: Progress,
 ) -> Statistics:
     ropes = matched.ropes
@@ -82,12 +83,11 @@ def _measure(
     tokens = start.tokens
 
     def snapshot() -> Statistics:
-        layers = [moment.finish() for moment in moments]
-        return Statistics(layers, tokens, start.tokens_planned, start.text_sha256, start.model)
+        return replace(start, layers=[moment.finish() for moment in moments], tokens=tokens)
 
-    todo = islice(chunks, tokens // chunk, None)
+    todo = islice(chunks, tokens // start.chunk, None)
     try:
-        for number, ids in enumerate(progress.track(todo, start.tokens_planned - tokens, "tokens", chunk), 1):
+        for number, ids in enumerate(progress.track(todo, start.tokens_planned - tokens, "tokens", start.chunk), 1):
             taps = run_graph(graph, torch.tensor([ids]))
             # An interrupt must not leave some layers a chunk ahead of others.
             with _interrupt_deferred():
@@ -138,12 +138,17 @@ def _resume(
     output: Path, model: dict[str, str | int], matched: Matched, text_hash: str, max_tokens: int, chunk: int
 ) -> Statistics | None:
     """What an earlier, interrupted or shorter run left in `output`."""
-    if not output.exists() or output.suffix == ".pt":
+    if not output.exists():
         return None
     found = statistics_file.load(output)
     statistics_file.check_matches(found, model, [rope.form for rope in matched.ropes])
     if found.text_sha256 != text_hash:
         raise StatisticsError(f"{output} holds statistics of another text; remove it, or choose another output")
+    if found.chunk != chunk:
+        raise StatisticsError(
+            f"{output} was measured in chunks of {found.chunk} tokens, which {chunk} cannot continue; "
+            "use the same chunk, or remove it"
+        )
     if found.tokens < found.tokens_planned and found.tokens % chunk:
         return replace(found, tokens_planned=found.tokens)  # an earlier run used the whole text
     if found.tokens % chunk and found.tokens < max_tokens:

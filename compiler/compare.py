@@ -152,16 +152,15 @@ def measure(
         expected = expected[rows]
         expected_log_sum = log_sum(expected)
         chances = np.exp(expected - expected_log_sum)
+        favourite = expected.argmax(-1)
+        dense_loss = expected_log_sum[:, 0] - expected[rows, wanted]
         for name, found in zip(sessions, founds, strict=True):
             found = found[rows]
             found_log_sum = log_sum(found)
             # sum p (log p - log q), with log p = x - log_sum(x)
             kl = np.einsum("nv,nv->n", chances, expected - found) + (found_log_sum - expected_log_sum)[:, 0]
-            agree = expected.argmax(-1) == found.argmax(-1)
-            loss, dense_loss = (
-                found_log_sum[:, 0] - found[rows, wanted],
-                expected_log_sum[:, 0] - expected[rows, wanted],
-            )
+            agree = favourite == found.argmax(-1)
+            loss = found_log_sum[:, 0] - found[rows, wanted]
             parts[name].append((kl, agree, loss, dense_loss))
     split = copy_split(tokens)
     for name, session in sessions.items():

@@ -1,12 +1,15 @@
 """compile: a HuggingFace decoder becomes a bundle with one ONNX file that evicts its own cache."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.numpy import save_file
 
 from keysieve.compiler import statistics as statistics_file
@@ -14,13 +17,13 @@ from keysieve.compiler.bundle import MODEL, STATE, STATISTICS, new_folder, write
 from keysieve.compiler.config import CompileConfig, EvictionConfig
 from keysieve.compiler.inspect import Report, report_of
 from keysieve.compiler.model import identity, load_model, load_skeleton, load_tokenizer, round_weights
-from keysieve.compiler.pipeline import Matched, engine_graph, find, model_sizes
+from keysieve.compiler.pipeline import Matched, engine_graph, find, model_sizes, query_centres
 from keysieve.compiler.progress import Progress
 from keysieve.compiler.statistics import Statistics
 from keysieve.errors import BundleError, CaptureError
 from keysieve.export.onnx import export_onnx
 from keysieve.passes.graph import Graph
-from keysieve.passes.policies.triattention import common_form
+from keysieve.passes.policies.triattention import QueryCentres, common_form
 from keysieve.plugins.contract import NODES, plan_shape
 from keysieve.version import __version__
 
@@ -71,24 +74,25 @@ def compile(
             export_onnx(graph, folder / MODEL, _metadata(config, model_identity), config.inline)
             stage.note(f"{sum(f.stat().st_size for f in folder.iterdir()) / 1e6:,.0f} MB")
         with progress.stage("bundle"):
-            _save_tokenizer(tokenizer, folder, output)
-            loaded.config.save_pretrained(folder)
+            with _written_by_libraries(output):
+                tokenizer.save_pretrained(folder)  # type: ignore[union-attr]
+                loaded.config.save_pretrained(folder)
+                if initial:
+                    save_file(initial, folder / STATE)
             if statistics is not None:
                 statistics_file.save(statistics, folder / STATISTICS)
-            if initial:
-                save_file(initial, folder / STATE)
             report = replace(report, nodes=_node_counts(graph))
             write_manifest(folder, _manifest(loaded, tokenizer, config, model_identity, sizes, report))
     return report
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path, output: Path) -> None:
+@contextmanager
+def _written_by_libraries(output: Path) -> Iterator[None]:
+    """tokenizers and safetensors raise kinds of their own for what the system refuses, such as a full disk."""
     try:
-        tokenizer.save_pretrained(folder)
-    except Exception as error:  # tokenizers raises bare exceptions for what the system refuses
-        raise BundleError(
-            f"cannot write {output}: the tokenizer cannot be saved ({error}); nothing was left behind"
-        ) from error
+        yield
+    except Exception as error:
+        raise BundleError(f"cannot write {output}: {error}; nothing was left behind") from error
 
 
 def _statistics(
@@ -106,14 +110,16 @@ def _initial_state(config: CompileConfig, matched: Matched, statistics: Statisti
     policy = config.eviction.policy
     if policy.name != "triattention" or policy.centres != "online":
         return {}
-    layers, first = len(matched.ropes), matched.attentions[0]
-    bands = common_form(matched.ropes).rotary_dim // 2
-    centre = np.zeros((layers, 1, first.query_heads, first.head_dim), np.float32)
-    magnitude = np.zeros((layers, 1, first.query_heads, bands), np.float32)
-    for index, layer in enumerate(statistics.layers if statistics else []):
-        centre[index, 0] = layer.q_mean
-        magnitude[index, 0, :, : layer.q_abs.shape[1]] = layer.q_abs
-    return {"centre": centre, "magnitude": magnitude}
+    if statistics is None:
+        first, bands = matched.attentions[0], common_form(matched.ropes).rotary_dim // 2
+        shape = (len(matched.ropes), first.query_heads)
+        centres = QueryCentres(np.zeros((*shape, first.head_dim)), np.zeros((*shape, bands)))
+    else:
+        centres = query_centres(statistics)
+    return {
+        name: array[:, None].astype(np.float32)
+        for name, array in (("centre", centres.mean), ("magnitude", centres.magnitude))
+    }
 
 
 def _metadata(config: CompileConfig, model: dict[str, str | int]) -> dict[str, str]:
@@ -128,16 +134,9 @@ def _node_counts(graph: Graph) -> dict[str, int]:
     """How many of each plugin node the rewritten graph holds."""
     counts = {}
     for node in NODES:
-        operator = getattr(graph_ops(), node.name.removeprefix("KeySieve").lower()).default
+        operator = getattr(torch.ops.keysieve, node.name.removeprefix("KeySieve").lower()).default
         counts[node.name] = len(graph.calls(operator))
     return counts
-
-
-def graph_ops() -> Any:
-    """torch.ops.keysieve, imported late."""
-    import torch
-
-    return torch.ops.keysieve
 
 
 def _manifest(

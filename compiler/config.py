@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from keysieve.errors import ConfigError
+from keysieve.plugins.contract import SCOPES
 
 POLICIES = ("triattention", "streaming", "key-norm", "random")
-SCOPES = ("per_layer_per_head", "per_head", "union")
 CENTRES = ("calibrated", "online")
 PROMPTS = ("evictable", "pinned")
 DTYPES = ("float32", "float16", "bfloat16")

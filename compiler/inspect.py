@@ -57,7 +57,7 @@ def inspect(
         return _bundle_report(Path(source))
     progress = progress or Progress()
     model = load_skeleton(source, dtype)
-    return report_of(model, find(model, progress), eviction or _default_eviction(), dtype)
+    return report_of(model, find(model, progress), eviction or EvictionConfig(), dtype)
 
 
 def report_of(model: "PreTrainedModel", matched: Matched, eviction: EvictionConfig, dtype: str) -> Report:
@@ -99,7 +99,3 @@ def _bundle_report(path: Path) -> Report:
         manifest["nodes"],
         eviction,
     )
-
-
-def _default_eviction() -> EvictionConfig:
-    return EvictionConfig()

@@ -85,8 +85,8 @@ class Statistics:
     """The statistics of a whole model and where they come from.
 
     layers: one entry per attention layer, in model order. tokens: how many were summed so far, out of
-    tokens_planned. text_sha256: hash of the calibration text. model: identity of the model, at least
-    architecture, config_sha256, weights_sha256, layers, query_heads, kv_heads and head_dim.
+    tokens_planned, in sequences of `chunk` tokens. text_sha256: hash of the calibration text. model: identity
+    of the model, at least architecture, config_sha256, weights_sha256, layers, query_heads, kv_heads and head_dim.
     """
 
     layers: list[LayerStatistics]
@@ -94,6 +94,7 @@ class Statistics:
     tokens_planned: int
     text_sha256: str
     model: dict[str, str | int] = field(default_factory=dict)
+    chunk: int = 0
 
 
 class QueryMoments:
@@ -165,6 +166,7 @@ def save(statistics: Statistics, path: str | Path) -> None:
         "tokens_planned": statistics.tokens_planned,
         "text_sha256": statistics.text_sha256,
         "model": statistics.model,
+        "chunk": statistics.chunk,
         "layers": layers,
     }
     metadata = {"format": FORMAT, "version": VERSION, "statistics": json.dumps(header)}
@@ -190,6 +192,7 @@ def load(path: str | Path) -> Statistics:
             int(header["tokens_planned"]),
             str(header["text_sha256"]),
             dict(header["model"]),
+            int(header["chunk"]),
         )
     except StatisticsError as error:
         raise StatisticsError(f"{path}: {error}") from error

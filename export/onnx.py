@@ -18,7 +18,7 @@ from onnxscript.onnx_opset import opset24 as op
 import keysieve.plugins.torch_ops  # noqa: F401  (registers torch.ops.keysieve)
 from keysieve.errors import ExportError
 from keysieve.passes.graph import Graph
-from keysieve.plugins.contract import DOMAIN, NAMESPACE, NODES, SCORE, SELECT, UPDATE, PluginNode
+from keysieve.plugins.contract import DOMAIN, NAMESPACE, SCORE, SELECT, UPDATE, PluginNode
 from keysieve.plugins.onnx.body import OPSET
 from keysieve.plugins.onnx.functions import score_function, select_function, update_function
 
@@ -244,6 +244,3 @@ def _inline(model: ir.Model) -> None:
 
     common.InlinePass()(model)
     del model.opset_imports[DOMAIN]
-
-
-__all__ = ["NODES", "export_onnx"]

@@ -32,13 +32,10 @@ def gather_logits(graph: Graph) -> None:
     head = _head(graph, logits)
     # Where something else than elementwise operations follows the head, gather at the end: slower, and right.
     source = head.args[0] if head is not None else logits
-    with graph.fx.inserting_after(source):
-        anchor = graph.fx.call_function(torch.ops.aten.alias.default, (source,))  # a place to insert behind
-    with graph.before(anchor):
+    with graph.before(source.next):  # type: ignore[union-attr]
         wide = graph.call(aten.unsqueeze.default, index, 2)
         wide = graph.call(aten.expand.default, wide, [-1, -1, graph.shape(source)[2]])  # type: ignore[arg-type]
         gathered = graph.call(aten.gather.default, source, 1, wide)
-    graph.fx.erase_node(anchor)
     if head is not None:
         head.replace_input_with(source, gathered)  # type: ignore[arg-type]
         _refresh(graph, head, logits)

@@ -106,7 +106,7 @@ class Graph:
 
     def input(self, name: str, shape: tuple[Any, ...], dtype: torch.dtype) -> Node:
         """Add an input of the engine."""
-        with self.fx.inserting_before(self._first_call()):
+        with self.fx.inserting_before(self.first_call()):
             node = self.fx.placeholder(name)
         with self.fake_mode:
             node.meta["val"] = torch.empty(shape, dtype=dtype)
@@ -115,7 +115,7 @@ class Graph:
 
     def constant(self, name: str, value: torch.Tensor) -> Node:
         """Add a constant tensor of the engine, stored like a weight."""
-        with self.fx.inserting_before(self._first_call()):
+        with self.fx.inserting_before(self.first_call()):
             node = self.fx.placeholder(name)
         node.meta["val"] = self.fake_mode.from_tensor(value, static_shapes=True)
         argument = TensorArgument(name=node.name)
@@ -173,7 +173,8 @@ class Graph:
         self.tensors.pop(node, None)
         self.fx.erase_node(node)
 
-    def _first_call(self) -> Node:
+    def first_call(self) -> Node:
+        """The node behind the last input: what is inserted before it may use every input."""
         return next(n for n in self.fx.nodes if n.op != "placeholder")
 
     # -- closing -----------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def insert_cache(graph: Graph, attentions: list[Attention], scope: str) -> Cache
 
     call = graph.call
     old_positions = graph.inputs["position_ids"]
-    with graph.before(graph._first_call()):
+    with graph.before(graph.first_call()):
         token_count = graph.size(graph.inputs["input_ids"], 1)
         steps = call(aten.arange.default, token_count, dtype=torch.int64)
         positions = call(aten.add.Tensor, call(aten.unsqueeze.default, position, 1), steps)

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,18 +23,11 @@ from support.masked_reference import (
 )
 from support.tiny_models import DECODERS, NEGATIVES, VOCABULARY, save_tiny, tiny_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DATA = Path(__file__).parent / "data"
 SCOPES = ("per_layer_per_head", "per_head", "union")
 SMALL = EvictionConfig(budget=32, interval=16, sinks=2, recent=8)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:

@@ -13,11 +13,11 @@ from keysieve.compiler.config import (
     DTYPES,
     POLICIES,
     PROMPTS,
-    SCOPES,
     CompileConfig,
     EvictionConfig,
     PolicyConfig,
 )
+from keysieve.plugins.contract import SCOPES
 
 if TYPE_CHECKING:
     from keysieve.compiler.inspect import Report

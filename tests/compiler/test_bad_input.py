@@ -42,12 +42,6 @@ STREAMING = CompileConfig(replace(SMALL, policy=PolicyConfig("streaming")))
 QUIET = Progress(quiet=True)
 
 
-@pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tiny models and bundles of all test files lie."""
-    return tmp_path_factory.getbasetemp() / "tiny"
-
-
 @pytest.fixture(scope="module")
 def bundle(root: Path) -> Path:
     return tiny_bundle("llama", SMALL, root)

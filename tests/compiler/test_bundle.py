@@ -27,12 +27,6 @@ from support.bundles import tiny_bundle
 SMALL = EvictionConfig(budget=48, interval=16, sinks=2, recent=8)
 
 
-@pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tiny models and bundles of all test files lie."""
-    return tmp_path_factory.getbasetemp() / "tiny"
-
-
 @pytest.fixture
 def bundle(root: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
@@ -72,7 +66,7 @@ def test_a_folder_takes_its_name_when_the_block_succeeds(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt()])
 def test_a_failed_block_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
-    with pytest.raises(type(error)), new_folder(tmp_path / "bundle") as temporary:
+    with pytest.raises(type(error)), new_folder(tmp_path / "new" / "parents" / "bundle") as temporary:
         (temporary / "file").write_text("x")
         raise error
     assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file, save_file
 
 from keysieve.compiler import calibrate as module
@@ -23,24 +22,11 @@ from support.bundles import CALIBRATION_TOKENS, tiny_folder, tiny_statistics
 from support.masked_reference import calibrate_by_hooks
 from support.tiny_models import DECODERS, TEXT, tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUIET = Progress(quiet=True)
 FAST = ("llama", "gpt_neox", "cohere", "smollm3")
 MODELS = [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in DECODERS]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tiny models and bundles of all test files lie."""
-    return tmp_path_factory.getbasetemp() / "tiny"
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +207,9 @@ def test_what_belongs_to_another_text_or_model_is_kept(
     with pytest.raises(StatisticsError, match=r"model\.safetensors.*is not a keysieve statistics file"):
         calibrate(mha, foreign, [text], 1100, 256, QUIET)
     assert list(load_file(foreign)) == ["weight"]
+    with pytest.raises(StatisticsError, match=r"measured in chunks of 256 tokens, which 128 cannot continue"):
+        calibrate(mha, path, [text], 3000, 128, QUIET)
+    assert path.read_bytes() == before
 
 
 def test_the_official_format_round_trips(mha: Path, text: Path, whole: Path, tmp_path: Path) -> None:
@@ -232,6 +221,8 @@ def test_the_official_format_round_trips(mha: Path, text: Path, whole: Path, tmp
     for layer, wanted in zip(found.layers, ours.layers, strict=True):
         np.testing.assert_allclose(layer.q_mean, wanted.q_mean, atol=1e-6)
         np.testing.assert_allclose(layer.q_abs, wanted.q_abs, atol=1e-6)
+    with pytest.raises(StatisticsError, match=r"stats\.pt exists already"):
+        calibrate(mha, path, [text], 2500, 256, QUIET)
 
 
 def test_a_short_text_warns(mha: Path, tmp_path: Path) -> None:

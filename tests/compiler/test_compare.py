@@ -1,7 +1,6 @@
 """compare: the numbers of a report against a naive computation, and no perfect score for nothing."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,23 +16,10 @@ from keysieve.errors import ConfigError, EngineError
 from support.bundles import tiny_bundle
 from support.tiny_models import TEXT, tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = EvictionConfig(budget=48, interval=16, sinks=2, recent=8)
 QUIET = Progress(quiet=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tiny models and bundles of all test files lie."""
-    return tmp_path_factory.getbasetemp() / "tiny"
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,24 +23,11 @@ from keysieve.version import __version__
 from support.bundles import tiny_bundle, tiny_folder, tiny_statistics
 from support.tiny_models import EOS, POSITIONS, VOCABULARY, tiny_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = EvictionConfig(budget=48, interval=16, sinks=2, recent=8)
 STREAMING = replace(SMALL, policy=PolicyConfig("streaming"))
 QUIET = Progress(quiet=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tiny models and bundles of all test files lie."""
-    return tmp_path_factory.getbasetemp() / "tiny"
 
 
 def unlike(*arguments: Any) -> None:

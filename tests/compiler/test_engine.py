@@ -1,6 +1,6 @@
 """Requests: generate and stream against the step loop, solo runs, and the model's own greedy tokens."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,23 +16,10 @@ from support.bundles import tiny_bundle, tiny_centres
 from support.masked_reference import MaskedReference
 from support.tiny_models import EOS, VOCABULARY, tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = EvictionConfig(budget=48, interval=16, sinks=2, recent=8)
 FREE: dict[str, Any] = {"stop_tokens": []}  # never stops early
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tiny models and bundles of all test files lie."""
-    return tmp_path_factory.getbasetemp() / "tiny"
 
 
 @pytest.fixture(scope="module")

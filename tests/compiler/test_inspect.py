@@ -18,12 +18,6 @@ SMALL = EvictionConfig(budget=48, interval=16, sinks=2, recent=8)
 QUIET = Progress(quiet=True)
 
 
-@pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tiny models and bundles of all test files lie."""
-    return tmp_path_factory.getbasetemp() / "tiny"
-
-
 @pytest.fixture(scope="module")
 def llama_report(root: Path) -> Report:
     return inspect(tiny_folder("llama", root), SMALL, progress=QUIET)

@@ -1,6 +1,6 @@
 """The step loop: the model itself while nothing is evicted, and the masked reference when something is."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from keysieve.errors import EngineError
 from support.bundles import tiny_bundle, tiny_centres, tiny_statistics
 from support.masked_reference import MaskedReference, forward
 from support.tiny_models import DECODERS, VOCABULARY, tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = EvictionConfig(budget=48, interval=16, sinks=2, recent=8)
 ROOMY = 48 + 16 + 16  # rows that hold budget, interval and a chunk: the engine never has to hurry
@@ -42,21 +44,6 @@ CASES = {
 FAST = ("llama", "gpt_neox", "cohere", "smollm3")  # every form of RoPE; each bundle costs seconds
 MODELS = [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in DECODERS]
 MATRIX = [(policy, scope) for policy in POLICIES for scope in SCOPES]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny: a second thread only waits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tiny models and bundles of all test files lie."""
-    return tmp_path_factory.getbasetemp() / "tiny"
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:

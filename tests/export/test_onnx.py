@@ -21,11 +21,6 @@ CACHES = [f"{name}_{layer}" for layer in range(LAYERS) for name in ("key", "valu
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tmp_path_factory.getbasetemp() / "tiny"
-
-
-@pytest.fixture(scope="module")
 def bundle(root):
     return tiny_bundle("llama", EVICTION, root)
 

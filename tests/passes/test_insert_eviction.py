@@ -16,11 +16,6 @@ BATCH, CAPACITY, LAYERS, KV_HEADS, HEAD_DIM = 3, 30, 3, 2, 16
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tmp_path_factory.getbasetemp() / "tiny"
-
-
-@pytest.fixture(scope="module")
 def graph(root):
     statistics = statistics_file.load(tiny_statistics("llama", root))
     return engine_graph(match("llama"), EVICTION, statistics)
