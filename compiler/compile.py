@@ -20,8 +20,10 @@ from keysieve.compiler.model import identity, load_model, load_skeleton, load_to
 from keysieve.compiler.pipeline import Matched, engine_graph, find, model_sizes, query_centres
 from keysieve.compiler.progress import Progress
 from keysieve.compiler.statistics import Statistics
+from keysieve.compiler.tensorrt import check_tensorrt, kernel_configuration, write_library, write_plans
 from keysieve.errors import BundleError, CaptureError
 from keysieve.export.onnx import export_onnx
+from keysieve.export.tensorrt import LIBRARY
 from keysieve.passes.graph import Graph
 from keysieve.passes.policies.triattention import QueryCentres, common_form
 from keysieve.plugins.contract import NODES, plan_shape
@@ -45,6 +47,7 @@ def compile(
     output = Path(output)
     if output.exists() and not dry_run:
         raise BundleError(f"output {output} exists already; remove it or choose another name")
+    limits = None if config.target == "onnxruntime" else check_tensorrt(config)
     if config.stats is not None:
         statistics_file.existing(config.stats)
     tokenizer = None if dry_run else load_tokenizer(model)
@@ -65,14 +68,18 @@ def compile(
         initial = _initial_state(config, matched, statistics)
         graph = engine_graph(matched, config.eviction, statistics)
         stage.note(f"{len(graph.fx.nodes):,} nodes")
+    kernels = kernel_configuration(graph, config.dtype) if limits else None
     if config.dump_graphs:
         _dump(config.dump_graphs, "rewritten", graph)
     if dry_run:
         return replace(report, nodes=_node_counts(graph))
     with new_folder(output) as folder:
+        if kernels:
+            write_library(kernels, config.tensorrt, folder / LIBRARY, progress)
         with progress.stage("export") as stage:
             export_onnx(graph, folder / MODEL, _metadata(config, model_identity), config.inline)
             stage.note(f"{sum(f.stat().st_size for f in folder.iterdir()) / 1e6:,.0f} MB")
+        built = write_plans(folder, folder / MODEL, config, limits, progress) if limits else {}
         with progress.stage("bundle"):
             with _written_by_libraries(output):
                 tokenizer.save_pretrained(folder)  # type: ignore[union-attr]
@@ -81,8 +88,9 @@ def compile(
                     save_file(initial, folder / STATE)
             if statistics is not None:
                 statistics_file.save(statistics, folder / STATISTICS)
-            report = replace(report, nodes=_node_counts(graph))
-            write_manifest(folder, _manifest(loaded, tokenizer, config, model_identity, sizes, report))
+            report = replace(report, nodes=_node_counts(graph), target=config.target, plans=built.get("plans", []))
+            content = _manifest(loaded, tokenizer, config, model_identity, sizes, report)
+            write_manifest(folder, {**content, **({"tensorrt": built} if built else {})})
     return report
 
 
@@ -151,7 +159,7 @@ def _manifest(
     text_config = model.config.get_text_config()
     return {
         "keysieve": __version__,
-        "target": "onnxruntime",
+        "target": config.target,
         "model": model_identity,
         "sizes": sizes,
         "dtype": config.dtype,

@@ -11,6 +11,7 @@ POLICIES = ("triattention", "streaming", "key-norm", "random")
 CENTRES = ("calibrated", "online")
 PROMPTS = ("evictable", "pinned")
 DTYPES = ("float32", "float16", "bfloat16")
+TARGETS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
 
 
 def _choose(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -82,6 +83,24 @@ def check_budget(budget: int, sinks: int, recent: int) -> None:
 
 
 @dataclass(frozen=True)
+class TensorRTConfig:
+    """What TensorRT engines are built for.
+
+    architectures: GPUs, as compute capability times ten; None: all that TensorRT-RTX gets plans for, or the plugin
+    library kernels. batch, capacity (rows of a cache) and chunk (tokens a step) are the most that an engine will take;
+    capacity None: as much as budget, interval and chunk need. aliased: TensorRT is told that caches are updated in
+    place (larger plans). include: folder of TensorRT's official headers, if they shall be used.
+    """
+
+    architectures: tuple[int, ...] | None = None
+    batch: int = 8
+    capacity: int | None = None
+    chunk: int = 512
+    aliased: bool = False
+    include: Path | None = None
+
+
+@dataclass(frozen=True)
 class CompileConfig:
     """Everything `keysieve compile` needs besides the model and the output folder."""
 
@@ -90,9 +109,16 @@ class CompileConfig:
     stats: Path | None = None
     inline: bool = False
     dump_graphs: Path | None = None
+    target: str = "onnxruntime"
+    tensorrt: TensorRTConfig = field(default_factory=TensorRTConfig)
 
     def __post_init__(self) -> None:
         _choose("dtype", self.dtype, DTYPES)
+        _choose("target", self.target, TARGETS)
+        if self.inline and self.target != "onnxruntime":
+            raise ConfigError(
+                f"an inlined file has no plugin nodes, which target {self.target} needs; leave --inline out"
+            )
         policy = self.eviction.policy
         if policy.needs_statistics and self.stats is None:
             raise ConfigError(

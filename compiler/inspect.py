@@ -40,6 +40,8 @@ class Report:
     dtype: str
     nodes: dict[str, int] = field(default_factory=dict)
     eviction: dict[str, Any] = field(default_factory=dict)
+    target: str = "onnxruntime"
+    plans: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""
@@ -98,4 +100,6 @@ def _bundle_report(path: Path) -> Report:
         manifest["dtype"],
         manifest["nodes"],
         eviction,
+        manifest["target"],
+        manifest.get("tensorrt", {}).get("plans", []),
     )

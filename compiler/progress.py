@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TextIO, TypeVar
 
@@ -51,6 +51,23 @@ class Progress:
                     drawn = time.perf_counter()
         finally:
             self._write("\r\x1b[K")  # back to the line's start, and erase it
+
+    @contextmanager
+    def bar(self) -> Iterator[Callable[[str, int, int], None]]:
+        """A bar for work that reports (phase, steps done, steps in all) by itself; drawn only on a terminal."""
+        drawn = float("-inf")
+
+        def report(phase: str, done: int, total: int) -> None:
+            nonlocal drawn
+            if self.stream.isatty() and time.perf_counter() - drawn >= BAR_SECONDS:
+                self._write(f"\r\x1b[K{self._bar(done, total)} {done:,}/{total:,} {phase}")
+                drawn = time.perf_counter()
+
+        try:
+            yield report
+        finally:
+            if self.stream.isatty():
+                self._write("\r\x1b[K")
 
     @staticmethod
     def _bar(done: int, total: int) -> str:

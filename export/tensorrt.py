@@ -26,9 +26,12 @@ from keysieve.plugins.contract import DOMAIN, NODES, UPDATE
 PARSER_MODEL = "model.tensorrt.onnx"
 LIBRARY = "libkeysieve_tensorrt.so"
 RTX_MODULE, TENSORRT_MODULE = "tensorrt_rtx", "tensorrt"
-RTX_ARCHITECTURES = (80, 86, 89, 120)
 FOLD_LIMIT = 64  # elements; shapes and axes, never weights
-_CACHE_COPY = re.compile(r"Reformat.*\b(key|value)_\d")
+# A layer of the build log, and the caches among what it reads; the second profile's names say so.
+_LAYER = re.compile(
+    r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], (?:Constants|Outputs):", re.MULTILINE
+)
+_CACHE = re.compile(r"Name: (?:key|value)_\d+(?:_next)?(?P<profile> \[profile 1\])?,")
 Report = Callable[[str, int, int], None]  # phase, steps done, steps in all
 
 
@@ -86,7 +89,7 @@ class Plan:
     """A built engine plan, and what its build log says.
 
     layers: name -> kind of every layer that runs, both profiles. plugins: those that are ours. attention: fused
-    attention kernels. cache_copies: layers that copy or reformat a cache (none in a good plan).
+    attention kernels. cache_copies: by profile, layers other than these that read a cache, so to copy or rearrange it.
     """
 
     path: Path
@@ -96,7 +99,7 @@ class Plan:
     layers: dict[str, str] = field(repr=False)
     plugins: list[str] = field(repr=False)
     attention: list[str] = field(repr=False)
-    cache_copies: list[str]
+    cache_copies: dict[str, list[str]]
 
 
 # -- the ONNX file as TensorRT's parser wants it -----------------------------------------------------------------------
@@ -167,13 +170,19 @@ def build_rtx_plan(
     with TensorRT's own message where parser or builder refuse.
     """
     trt = import_rtx()
-    known = {name[2:]: value for name, value in trt.ComputeCapability.__members__.items() if name.startswith("SM")}
-    if str(architecture) not in known:
-        raise ExportError(
-            f"TensorRT-RTX {trt.__version__} builds for SM {', '.join(sorted(known, key=int))}, not {architecture}"
-        )
+    check_rtx_architecture(trt, architecture)
     check_library(library, [architecture])
     return _build(trt, model, library, output, architecture, limits, report)
+
+
+def check_rtx_architecture(trt: Any, architecture: int) -> None:
+    """Raise ExportError unless TensorRT-RTX builds plans for that GPU architecture."""
+    known = sorted(int(name[2:]) for name in trt.ComputeCapability.__members__ if name.startswith("SM"))
+    if architecture not in known:
+        raise ExportError(
+            f"TensorRT-RTX {trt.__version__} builds for SM {', '.join(map(str, known))}, not {architecture}; for "
+            "others use target tensorrt on a machine with that GPU"
+        )
 
 
 def build_tensorrt_plan(model: Path, library: Path, output: Path, limits: Limits, report: Report | None = None) -> Plan:
@@ -197,8 +206,8 @@ def import_rtx() -> Any:
     """
     if find_spec(RTX_MODULE) is None or find_spec("tensorrt_rtx_libs") is None:
         raise ExportError(
-            "TensorRT-RTX is not installed; `pip install wheel`, then "
-            "`pip install --no-build-isolation keysieve[tensorrt]`"
+            "TensorRT-RTX is not installed (modules tensorrt_rtx and tensorrt_rtx_libs); "
+            "`pip install keysieve[tensorrt]`"
         )
     import tensorrt_rtx as trt
     import tensorrt_rtx_libs
@@ -270,17 +279,24 @@ def _build(
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)
-    layers = dict(re.findall(r"^Name: (.*?), LayerType: (\w+)", "".join(log.kept), re.MULTILINE))
-    ours = tuple(node.name for node in NODES)
-    copies = [layer for layer, kind in layers.items() if kind != "NoOp" and _CACHE_COPY.search(layer)]
+    found = list(_LAYER.finditer("".join(log.kept)))
+    layers = {layer["name"]: layer["kind"] for layer in found}
+    plugins = [name for name in layers if name.startswith(tuple(node.name for node in NODES))]
+    attention = [name for name in layers if "_mha_" in name]
+    copies: dict[str, list[str]] = {profile: [] for profile in limits.profiles()}
+    decode, prefill = copies
+    for layer in found:
+        reads = _CACHE.search(layer["inputs"])
+        if reads and layer["kind"] != "NoOp" and layer["name"] not in (*plugins, *attention):
+            copies[prefill if reads["profile"] else decode].append(layer["name"])
     return Plan(
         path=output,
         architecture=architecture,
         seconds=time.perf_counter() - start,
         size=output.stat().st_size,
         layers=layers,
-        plugins=[layer for layer in layers if layer.startswith(ours)],
-        attention=[layer for layer in layers if "_mha_" in layer],
+        plugins=plugins,
+        attention=attention,
         cache_copies=copies,
     )
 
@@ -296,6 +312,11 @@ def _serialise(
     if not parser.parse_from_file(str(model)):
         errors = "; ".join(str(parser.get_error(index)) for index in range(parser.num_errors))
         raise ExportError(f"TensorRT's parser refuses {model}: {errors}{_said_by(library)}")
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer  # the documented way from ILayer to a layer of its kind
+            layer.attention.decomposable = True  # plain operations where there is no fused kernel, as for float32
     config = builder.create_builder_config()
     config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     config.set_flag(trt.BuilderFlag.DISABLE_TIMING_CACHE)  # the same plan every time
@@ -370,9 +391,3 @@ def _monitor(trt: Any, report: Report | None) -> Any:
             self.steps.pop(name, None)
 
     return Monitor()
-
-
-__all__ = [
-    "Limits", "Plan", "build_rtx_plan", "build_tensorrt_plan", "check_library", "import_rtx",
-    "write_parser_model",
-]  # fmt: skip

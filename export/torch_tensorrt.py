@@ -62,6 +62,3 @@ def plugin(node: PluginNode, name: str, attributes: dict[str, Any]) -> Any:
     if made is None:
         raise ExportError(f"plugin {node.name} refuses {attributes}; its reason is on stderr")
     return made
-
-
-__all__ = ["plugin", "register_converters"]

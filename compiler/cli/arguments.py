@@ -1,7 +1,7 @@
 """Types of command-line values, and options that several verbs share."""
 
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, _ArgumentGroup
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,30 @@ def output_file(path: Path) -> Path:
 def given(args: Namespace, *names: str) -> dict[str, Any]:
     """Keyword arguments from the options of these names, without those that were left out."""
     return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def add_library_options(parser: ArgumentParser | _ArgumentGroup) -> None:
+    """How a TensorRT plugin library is built, for verbs that build one; keywords of TensorRTConfig."""
+    parser.add_argument(
+        "--arch",
+        dest="architectures",
+        metavar="SM,...",
+        type=lambda text: tuple(positive_list(text)),
+        help="GPU architectures, such as 86,89 (default: all)",
+    )
+    parser.add_argument(
+        "--aliased",
+        action="store_true",
+        default=None,
+        help="tell TensorRT that caches are updated in place: it then checks that, and plans are larger",
+    )
+    parser.add_argument(
+        "--tensorrt-include",
+        dest="include",
+        metavar="DIR",
+        type=Path,
+        help="compile the plugin against TensorRT's official headers in DIR",
+    )
 
 
 def add_quiet(parser: ArgumentParser) -> None:

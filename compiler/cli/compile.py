@@ -5,7 +5,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING
 
-from keysieve.compiler.cli.arguments import add_quiet, given, natural, positive, progress_of
+from keysieve.compiler.cli.arguments import add_library_options, add_quiet, given, natural, positive, progress_of
 from keysieve.compiler.cli.describe import report_rows
 from keysieve.compiler.cli.terminal import UsageError, human_bytes, quiet_transformers, show, table, usage_errors
 from keysieve.compiler.config import (
@@ -13,9 +13,11 @@ from keysieve.compiler.config import (
     DTYPES,
     POLICIES,
     PROMPTS,
+    TARGETS,
     CompileConfig,
     EvictionConfig,
     PolicyConfig,
+    TensorRTConfig,
 )
 from keysieve.plugins.contract import SCOPES
 
@@ -29,6 +31,16 @@ TRIATTENTION = {
     "offset_max": "--offset-max",
     "trig": "--no-trig",
     "norm": "--no-norm",
+}
+
+# Options that only TensorRT targets have: keyword of TensorRTConfig -> option.
+TENSORRT = {
+    "architectures": "--arch",
+    "batch": "--max-batch",
+    "chunk": "--max-chunk",
+    "capacity": "--max-capacity",
+    "aliased": "--aliased",
+    "include": "--tensorrt-include",
 }
 
 
@@ -79,6 +91,26 @@ def add_arguments(parser: ArgumentParser) -> None:
     made.add_argument("--inline", action="store_true", help="only standard ONNX operators, for other runtimes")
     made.add_argument("--dump-graphs", metavar="DIR", type=Path, help="write the graphs as text, before and after")
     made.add_argument("--dry-run", action="store_true", help="do all of it without weights, and write no bundle")
+    engine = parser.add_argument_group("TensorRT")
+    engine.add_argument(
+        "--target",
+        choices=TARGETS,
+        help=f"what the bundle is for, besides ONNX Runtime, which runs all of them (default {CompileConfig.target})",
+    )
+    engine.add_argument(
+        "--max-batch", dest="batch", metavar="N", type=positive, help=f"sequences (default {TensorRTConfig.batch})"
+    )
+    engine.add_argument(
+        "--max-chunk", dest="chunk", metavar="N", type=positive, help=f"tokens a step (default {TensorRTConfig.chunk})"
+    )
+    engine.add_argument(
+        "--max-capacity",
+        dest="capacity",
+        metavar="N",
+        type=positive,
+        help="rows of a cache (default: what budget, interval and chunk need)",
+    )
+    add_library_options(engine)
     add_quiet(parser)
 
 
@@ -104,7 +136,13 @@ def compile_config(args: Namespace) -> CompileConfig:
     if foreign and name != "triattention":
         raise UsageError(f"policy {name} does not use {', '.join(foreign)}; leave it out, or use triattention")
     kept = given(args, "budget", "interval", "sinks", "recent", "scope", "prompt")
-    made = given(args, "dtype", "stats", "inline", "dump_graphs")
+    made = given(args, "dtype", "stats", "inline", "dump_graphs", "target")
+    engine = given(args, *TENSORRT)
+    if engine and made.get("target", CompileConfig.target) == CompileConfig.target:
+        foreign = [TENSORRT[keyword] for keyword in engine]
+        raise UsageError(f"{', '.join(foreign)} is for TensorRT targets; add --target tensorrt-rtx or tensorrt")
+    if engine:
+        made["tensorrt"] = TensorRTConfig(**engine)
     return CompileConfig(EvictionConfig(PolicyConfig(name, **policy), **kept), **made)
 
 

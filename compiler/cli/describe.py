@@ -14,6 +14,14 @@ def report_rows(report: "Report") -> list[tuple[str, str]]:
     """(name, value) rows on policy, nodes and memory; a model that is not compiled has no nodes and no policy yet."""
     eviction = report.eviction
     nodes = ", ".join(f"{count} {name}" for name, count in report.nodes.items())
+    plans = [
+        (
+            "plan",
+            f"{plan['file']}, {human_bytes(plan['bytes'])}, {plan['plugin_layers']} plugin layers, "
+            f"{plan['fused_attention_layers']} fused attentions",
+        )
+        for plan in report.plans
+    ]
     return [
         *([("policy", policy_of(eviction))] if nodes else []),
         ("nodes inserted", nodes or "none: `keysieve compile` inserts them"),
@@ -23,6 +31,7 @@ def report_rows(report: "Report") -> list[tuple[str, str]]:
             f"{human_bytes(report.kv_bytes_for_budget)} a sequence, for budget {report.budget} "
             f"and interval {eviction['interval']}",
         ),
+        *plans,
     ]
 
 

@@ -2,7 +2,7 @@
 
 from argparse import SUPPRESS, ArgumentParser
 
-from keysieve.compiler.cli import calibrate, compare, compile, doctor, inspect, run
+from keysieve.compiler.cli import calibrate, compare, compile, doctor, inspect, plugin, run
 from keysieve.version import __version__
 
 VERBS = {
@@ -11,6 +11,7 @@ VERBS = {
     "inspect": (inspect, "show which layers match, or what a bundle holds"),
     "run": (run, "generate text with a bundle"),
     "compare": (compare, "measure what eviction costs on text"),
+    "plugin": (plugin, "build the TensorRT plugin library of a bundle"),
     "doctor": (doctor, "show what is installed, and what can be built and run here"),
 }
 

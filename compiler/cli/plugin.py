@@ -1,53 +1,34 @@
-"""keysieve plugin build DIR: the TensorRT plugin library of a bundle's model."""
+"""keysieve plugin build DIR: the TensorRT plugin library of a bundle."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from keysieve.compiler.cli.arguments import add_quiet, positive_list, progress_of
-from keysieve.compiler.cli.terminal import show
-from keysieve.kernels.triton.aot import ARCHITECTURES
+from keysieve.compiler.cli.arguments import add_library_options, add_quiet, given, progress_of
+from keysieve.compiler.cli.terminal import show, usage_errors
+from keysieve.compiler.config import TensorRTConfig
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("action", choices=["build"], help="compile the kernels and the library; needs no GPU")
     parser.add_argument("bundle", metavar="DIR", type=Path, help="a bundle folder, made by `keysieve compile`")
     parser.add_argument(
-        "-o", "--output", metavar="FILE", type=Path, help="the library (default: libkeysieve_tensorrt.so in DIR)"
+        "-o", "--output", metavar="FILE", type=Path, help="the library (default: libkeysieve_tensorrt.so here)"
     )
-    parser.add_argument(
-        "--arch",
-        metavar="SM,...",
-        type=positive_list,
-        default=list(ARCHITECTURES),
-        help=f"GPU architectures (default: {','.join(map(str, ARCHITECTURES))}); PTX for all others comes with 80",
-    )
-    parser.add_argument(
-        "--tensorrt-include", metavar="DIR", type=Path, help="compile against TensorRT's official headers in DIR"
-    )
-    parser.add_argument(
-        "--no-alias",
-        dest="aliased",
-        action="store_false",
-        help="do not declare the caches' outputs as aliases of the inputs: smaller plan, caches to be bound in place",
-    )
+    add_library_options(parser)
     add_quiet(parser)
 
 
 def run(args: Namespace) -> int:
     """Print the library's path."""
+    with usage_errors():
+        options = TensorRTConfig(**given(args, "architectures", "aliased", "include"))
+    from keysieve.compiler.bundle import open_bundle
+    from keysieve.compiler.tensorrt import write_library
     from keysieve.export.tensorrt import LIBRARY
-    from keysieve.kernels.triton.aot import build
-    from keysieve.plugins.tensorrt.build import build_library
     from keysieve.plugins.tensorrt.configuration import read_configuration
 
-    progress = progress_of(args)
-    configuration = read_configuration(args.bundle / "model.onnx")
-    with progress.stage("kernels") as stage:
-        artifacts = build(configuration, args.arch)
-        stage.note(f"{len(artifacts)} for sm_{', sm_'.join(map(str, args.arch))}")
-    with progress.stage("library") as stage:
-        output = args.output or args.bundle / LIBRARY
-        build_library(configuration, artifacts, output, aliased=args.aliased, tensorrt_include=args.tensorrt_include)
-        stage.note(f"{output.stat().st_size / 1e3:,.0f} kB")
+    configuration = read_configuration(open_bundle(args.bundle).model)
+    output = args.output or Path(LIBRARY)
+    write_library(configuration, options, output, progress_of(args))
     show(str(output))
     return 0

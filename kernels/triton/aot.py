@@ -71,7 +71,7 @@ def build(
     if unknown:
         known = ", ".join(map(str, PTX_VERSIONS))
         raise ConfigError(f"no GPU kernel can be built for architecture {unknown[0]}; choose from {known}")
-    _check_triton()
+    check_triton()
     from keysieve.kernels.triton.variants import variants
 
     folder = cache if cache is not None else default_cache()
@@ -83,7 +83,23 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "keysieve" / "kernels"
 
 
-def _check_triton() -> None:
+def machine_code_for(architecture: int) -> int:
+    """The architecture whose machine code runs on `architecture`: the latest of its generation that is built.
+
+    Raises ConfigError where neither that nor the portable PTX is of use.
+    """
+    same = [built for built in PTX_VERSIONS if built // 10 == architecture // 10 and built <= architecture]
+    if same:
+        return max(same)
+    if architecture >= PORTABLE:
+        return PORTABLE  # its PTX, which the driver compiles
+    raise ConfigError(
+        f"GPU architecture {architecture} is older than {PORTABLE}, the oldest that the kernels are built for"
+    )
+
+
+def check_triton() -> None:
+    """Raise ConfigError unless Triton is there and compiles."""
     try:
         from triton import knobs
     except ImportError as error:

@@ -56,7 +56,7 @@ def build_library(
     configuration: KernelConfiguration,
     artifacts: Sequence[Artifact],
     output: Path,
-    aliased: bool = True,
+    aliased: bool = False,
     tensorrt_include: Path | None = None,
     cache: Path | None = None,
     compiler: str | None = None,

@@ -1,54 +1,69 @@
 """Real TensorRT-RTX plans of tiny models, built without a GPU, and what is refused before a build starts."""
 
+import re
+import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import onnx
 import pytest
 
+from keysieve.compiler.config import EvictionConfig
 from keysieve.errors import ConfigError, ExportError
 from keysieve.export import tensorrt as export
-from keysieve.export.tensorrt import LIBRARY, Limits, build_rtx_plan, check_library, write_parser_model
+from keysieve.export.tensorrt import LIBRARY, PARSER_MODEL, Limits, build_rtx_plan, check_library, write_parser_model
 from keysieve.export.tensorrt_kit import write_kit
+from keysieve.kernels.triton.aot import build
 from keysieve.plugins.contract import DOMAIN, NODES
 from keysieve.plugins.tensorrt.build import build_library
 from keysieve.plugins.tensorrt.configuration import read_configuration
 from keysieve.plugins.tensorrt.twin import output_shapes
-from support.half_bundles import half_bundle
+from support.bundles import tiny_bundle
 
+EVICTION = EvictionConfig(budget=48, interval=16, sinks=2, recent=8)
 LIMITS = Limits(batch=4, capacity=256, chunk=32)
-MODELS = ("llama", "qwen3", "gpt_neox", "cohere")
+
+
+def half_bundle(name: str, root: Path, scope: str = "per_layer_per_head", dtype: str = "float16") -> Path:
+    return tiny_bundle(name, replace(EVICTION, scope=scope), root, dtype=dtype)
 
 
 @pytest.fixture(scope="session")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("tensorrt")
-
-
-@pytest.fixture(scope="session")
-def prepared(root: Path) -> Callable[[str], tuple[Path, Path]]:
+def prepared(root: Path) -> Callable[..., tuple[Path, Path]]:
     """Parser model and plugin library of a tiny model."""
-    pytest.importorskip("tensorrt_rtx")
-    pytest.importorskip("triton")
-    from keysieve.kernels.triton.aot import build
 
-    def prepare(name: str) -> tuple[Path, Path]:
-        bundle = half_bundle(name, root)
-        library = bundle / LIBRARY
-        if not library.exists():
-            configuration = read_configuration(bundle / "model.onnx")
-            build_library(configuration, build(configuration, (80,)), library)
-        return write_parser_model(bundle / "model.onnx"), library
+    def prepare(name: str, aliased: bool = False, **options: str) -> tuple[Path, Path]:
+        bundle = half_bundle(name, root, **options)
+        folder = root / "tensorrt" / f"{bundle.name}{'-aliased' if aliased else ''}"
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            for file in ("model.onnx", "model.onnx.data"):
+                (folder / file).hardlink_to(bundle / file)
+            configuration = read_configuration(folder / "model.onnx")
+            build_library(configuration, build(configuration, (80,)), folder / LIBRARY, aliased)
+            write_parser_model(folder / "model.onnx")
+        return folder / PARSER_MODEL, folder / LIBRARY
 
     return prepare
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
-def test_tiny_plan(name: str, prepared: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
-    model, library = prepared(name)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {"aliased": True}),
+        ("qwen3", {}),
+        ("gpt_neox", {"scope": "per_head"}),
+        ("cohere", {"scope": "union"}),
+        ("llama", {"dtype": "bfloat16"}),
+        ("llama", {"dtype": "float32"}),
+    ],
+)
+def test_tiny_plan(name: str, options: dict, prepared: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    model, library = prepared(name, **options)
     layers = sum(n.op_type == "KeySieveUpdate" for n in onnx.load(model, load_external_data=False).graph.node)
     steps: list[str] = []
     plan = build_rtx_plan(
@@ -60,15 +75,17 @@ def test_tiny_plan(name: str, prepared: Callable[[str], tuple[Path, Path]], tmp_
     assert library.read_bytes()[:4096] in content  # the library goes along
     profiles = len(LIMITS.profiles())
     assert len(plan.plugins) == profiles * (layers + 2)
-    assert len(plan.attention) == profiles * layers  # every Attention became one fused kernel
-    assert plan.cache_copies == []
+    # Every Attention became one fused kernel; for prefills in float32 TensorRT has none.
+    assert len(plan.attention) == layers * (1 if options.get("dtype") == "float32" else profiles)
+    assert plan.cache_copies["decode"] == []
+    assert len(plan.cache_copies["prefill"]) <= 2 * layers  # TensorRT's attention of many tokens repeats KV heads
     assert steps
     log = plan.path.with_suffix(".log").read_text()
     for layer in range(layers):
-        assert f"Name: KeySieveUpdate.{layer}, LayerType: PluginV3" in log
+        assert re.search(rf"Name: KeySieveUpdate\.{layer}\S*, LayerType: (PluginV3|custom_layer)", log)
 
 
-def test_shapes_are_those_of_the_twin(prepared: Callable[[str], tuple[Path, Path]]) -> None:
+def test_shapes_are_those_of_the_twin(prepared: Callable[..., tuple[Path, Path]]) -> None:
     """Every plugin's output shapes: the twin's, the C++ library's as TensorRT infers them, and the ONNX file's."""
     model, library = prepared("llama")
     trt = export.import_rtx()
@@ -102,7 +119,7 @@ def test_shapes_are_those_of_the_twin(prepared: Callable[[str], tuple[Path, Path
     assert checked == 5
 
 
-def test_progress_can_stop_a_build(prepared: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+def test_progress_can_stop_a_build(prepared: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
     def stop(phase: str, done: int, total: int) -> None:
         raise KeyboardInterrupt
 
@@ -111,7 +128,7 @@ def test_progress_can_stop_a_build(prepared: Callable[[str], tuple[Path, Path]],
     assert not (tmp_path / "m.plan").exists()
 
 
-def test_library_is_checked_first(prepared: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+def test_library_is_checked_first(prepared: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
     model, library = prepared("llama")
     with pytest.raises(ExportError, match="no plugin library at"):
         build_rtx_plan(model, tmp_path / "none.so", tmp_path / "m.plan", 86, LIMITS)
@@ -125,7 +142,7 @@ def test_library_is_checked_first(prepared: Callable[[str], tuple[Path, Path]], 
 
 
 def test_library_of_another_version_is_refused(
-    prepared: Callable[[str], tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+    prepared: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, library = prepared("llama")
     monkeypatch.setattr(export, "NODES", [SimpleNamespace(name="KeySieveUpdate", version="2")])
@@ -134,7 +151,7 @@ def test_library_of_another_version_is_refused(
 
 
 @pytest.mark.slow
-def test_library_of_another_model_is_refused(prepared: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+def test_library_of_another_model_is_refused(prepared: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
     """TensorRT's failure carries the plugin's own message."""
     with pytest.raises(ExportError, match=r"KeySieveUpdate.*build the plugin library from the same bundle"):
         build_rtx_plan(prepared("qwen3")[0], prepared("llama")[1], tmp_path / "m.plan", 86, LIMITS)
@@ -156,7 +173,6 @@ def test_missing_tensorrt_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def test_parser_link_that_cannot_be_made_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx")
 
     def refuse(self: Path, target: str) -> None:
         raise PermissionError(13, "Permission denied")
@@ -193,8 +209,9 @@ def test_unsuitable_models_are_refused(root: Path, tmp_path: Path) -> None:
         read_configuration(tmp_path / "odd.onnx")
 
 
-def test_kit_builds_elsewhere(root: Path) -> None:
-    model = write_parser_model(half_bundle("llama", root) / "model.onnx")
+def test_kit_builds_elsewhere(root: Path, tmp_path: Path) -> None:
+    shutil.copy(half_bundle("llama", root) / "model.onnx", tmp_path)
+    model = write_parser_model(tmp_path / "model.onnx")
     shell, script = write_kit(model, model.with_name(LIBRARY), LIMITS)
     line = shell.read_text()
     assert "--preview=+aliasedPluginIO1003" in line and f"--setPluginsToSerialize=./{LIBRARY}" in line

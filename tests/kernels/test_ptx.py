@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from keysieve.kernels.triton.aot import Artifact, build
+from keysieve.kernels.triton.configuration import KernelConfiguration
 from support.ptx import Device, PtxError, parse
 from support.ptx.arithmetic import multiply_high
 from support.ptx.cases import Case, Selection, plan_case, score_case, stats_case, update_case
 from support.ptx.mutate import mutants
-
-pytest.importorskip("triton", reason="the GPU kernels are compiled with Triton, which is not installed")
-from keysieve.kernels.triton.aot import Artifact, build
-from keysieve.kernels.triton.configuration import KernelConfiguration
 
 MODELS = {
     "grouped": KernelConfiguration(2, 6, 2, 64, 48, 64, "bfloat16", sinks=4, recent=16),

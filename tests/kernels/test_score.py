@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from golden import CASES, case_queries, complex_bands, ints, load_case, rotate, score_inputs, turned_centre
 
 from keysieve.errors import ConfigError
 from keysieve.kernels.reference import score
+from support.golden import CASES, case_queries, complex_bands, ints, load_case, rotate, score_inputs, turned_centre
 
 
 def scores_of(case, position, k_rot, dtype=torch.float32):

@@ -2,10 +2,10 @@ import json
 
 import pytest
 import torch
-from golden import CASES, ints, load_case, score_inputs
 
 from keysieve.errors import ConfigError
 from keysieve.kernels.reference import score, select
+from support.golden import CASES, ints, load_case, score_inputs
 
 SCOPES = ("per_layer_per_head", "per_head", "union")
 INF, NAN = float("inf"), float("nan")

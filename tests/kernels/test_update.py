@@ -1,8 +1,8 @@
 import pytest
 import torch
-from golden import ints
 
 from keysieve.kernels.reference import update
+from support.golden import ints
 
 LAYERS, BATCH, HEADS, CAPACITY, NEW = 3, 3, 2, 10, 2
 LENGTH, KEEP = ints(7, 8, 6), ints(4, -1, 0)  # compacts; only appends; compacts to nothing
