@@ -27,16 +27,18 @@ PACKAGES = {
     "triton": ("triton",),
 }
 COMPILER = ("torch", "transformers", "onnx", "onnxscript")
-PLANNED = "planned: this version of keysieve neither builds nor runs it"
+CXX = ("g++", "c++", "clang++")
 
 
 def doctor() -> dict[str, Any]:
     """A JSON-ready report; reads package metadata only, so it imports neither torch nor a runtime.
 
     packages: version or None by name. cpu: logical CPUs of the machine, and those this process may use.
-    nvcc: version or None. gpus: names of NVIDIA GPUs. targets: what can be built and run here, and why not.
+    nvcc: version or None. cxx: the C++ compiler. gpus: names of NVIDIA GPUs. targets: what can be built and run here,
+    and why not.
     """
     packages = {name: _installed(distributions) for name, distributions in PACKAGES.items()}
+    cxx, gpus = next(filter(shutil.which, CXX), None), _gpus()
     return {
         "keysieve": __version__,
         "python": platform.python_version(),
@@ -44,8 +46,9 @@ def doctor() -> dict[str, Any]:
         "packages": packages,
         "cpu": {"count": os.cpu_count(), "usable": _usable_cpus()},
         "nvcc": _nvcc(),
-        "gpus": _gpus(),
-        "targets": targets(packages, needed_versions()),
+        "cxx": cxx,
+        "gpus": gpus,
+        "targets": targets(packages, needed_versions(), cxx is not None, bool(gpus)),
     }
 
 
@@ -54,36 +57,43 @@ def needed_versions() -> dict[str, SpecifierSet]:
     return {r.name: r.specifier for r in map(Requirement, requires("keysieve") or [])}
 
 
-def targets(packages: dict[str, str | None], needed: dict[str, SpecifierSet]) -> list[dict[str, Any]]:
+def targets(
+    packages: dict[str, str | None], needed: dict[str, SpecifierSet], cxx: bool = True, gpu: bool = True
+) -> list[dict[str, Any]]:
     """One entry {"target", "build", "run", "reason"} per target; reason is "" where both work."""
-    compiler, runtime, openvino = (
-        _missing(names, packages, needed) for names in (COMPILER, ("onnxruntime",), ("openvino",))
+    compiler, runtime, openvino, triton, rtx, tensorrt = (
+        _missing(names, packages, needed)
+        for names in (COMPILER, ("onnxruntime",), ("openvino",), ("triton",), ("tensorrt_rtx",), ("tensorrt",))
     )
+    compile_kernels = (compiler, triton, "" if cxx else f"no C++ compiler on PATH ({', '.join(CXX)})")
+    no_gpu = "" if gpu else "running needs an NVIDIA GPU"
     return [
-        _target("onnx", compiler, runtime and openvino and f"no runtime: {runtime}; {openvino}"),
-        _target("onnxruntime", compiler, runtime),
-        _target("openvino", compiler, openvino, note="the inlined ONNX file (--inline)"),
-        *({"target": name, "build": False, "run": False, "reason": PLANNED} for name in ("tensorrt-rtx", "tensorrt")),
+        _target("onnx", (compiler,), (runtime and openvino and f"no runtime: {runtime}; {openvino}",)),
+        _target("onnxruntime", (compiler,), (runtime,)),
+        _target("openvino", (compiler,), (openvino,), note="the inlined ONNX file (--inline)"),
+        _target("tensorrt-rtx", (*compile_kernels, rtx), (rtx, no_gpu)),
+        _target("tensorrt", compile_kernels, (tensorrt and f"{tensorrt}: a script builds the plan elsewhere", no_gpu)),
     ]
 
 
-def _target(name: str, not_built: str, not_run: str, note: str = "") -> dict[str, Any]:
-    reason = "; ".join(dict.fromkeys(filter(None, (not_built, not_run)))) or note
-    return {"target": name, "build": not not_built, "run": not not_run, "reason": reason}
+def _target(name: str, not_built: tuple[str, ...], not_run: tuple[str, ...], note: str = "") -> dict[str, Any]:
+    reason = "; ".join(dict.fromkeys(filter(None, not_built + not_run))) or note
+    return {"target": name, "build": not any(not_built), "run": not any(not_run), "reason": reason}
 
 
 def _missing(names: tuple[str, ...], packages: dict[str, str | None], needed: dict[str, SpecifierSet]) -> str:
     """What keeps these packages from being used, with the command that mends it; "" if nothing does."""
     problems, mend = [], []
     for name in names:
-        found, wanted = packages[name], needed.get(name, SpecifierSet())
+        distribution = next((d for d in PACKAGES[name] if d in needed), PACKAGES[name][0])
+        found, wanted = packages[name], needed.get(distribution, SpecifierSet())
         if found is None:
             problems.append(f"{name} is not installed")
         elif not wanted.contains(found, prereleases=True):
             problems.append(f"{name} {found} is installed, {wanted} is needed")
         else:
             continue
-        mend.append(f"'{name}{wanted}'")
+        mend.append(f"'{distribution}{wanted}'")
     return f"{', '.join(problems)} (pip install {' '.join(mend)})" if problems else ""
 
 

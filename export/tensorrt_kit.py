@@ -7,7 +7,7 @@ from keysieve.export.tensorrt import Limits
 SHELL, SCRIPT = "build_tensorrt_plan.sh", "build_tensorrt_plan.py"
 
 _SCRIPT = '''\
-"""Build model.plan from {model} with TensorRT 10.3 or newer, for the GPU of this machine; needs only `tensorrt`."""
+"""Build model.plan from {model} for the GPU of this machine; needs a `tensorrt` whose ONNX parser has Attention."""
 
 import sys
 from pathlib import Path
@@ -26,6 +26,11 @@ network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRO
 parser = trt.OnnxParser(network, logger)
 if not parser.parse_from_file(str(HERE / "{model}")):
     sys.exit("; ".join(str(parser.get_error(index)) for index in range(parser.num_errors)))
+for index in range(network.num_layers):
+    layer = network.get_layer(index)
+    if layer.type == trt.LayerType.ATTENTION_INPUT:
+        layer.__class__ = trt.IAttentionInputLayer
+        layer.attention.decomposable = True  # plain operations where there is no fused kernel, as for float32
 config = builder.create_builder_config()
 config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
 config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -49,7 +54,8 @@ def write_kit(model: Path, library: Path, limits: Limits) -> list[Path]:
     """
     shell, script = model.with_name(SHELL), model.with_name(SCRIPT)
     line = trtexec_line(model, library, limits)
-    shell.write_text(f'#!/bin/sh\n# With the trtexec of TensorRT 10.3 or newer.\ncd "$(dirname "$0")" && {line}\n')
+    note = f"# float32 needs {SCRIPT} instead: trtexec insists on fused attention."
+    shell.write_text(f'#!/bin/sh\n{note}\ncd "$(dirname "$0")" && {line}\n')
     shell.chmod(0o755)
     rows = []
     for shapes in limits.shapes(model):

@@ -30,6 +30,7 @@ def _text(report: dict[str, Any]) -> str:
         ("CPU", f"{cpu['usable']} of {cpu['count']} logical CPUs usable"),
         ("GPU", ", ".join(report["gpus"]) or "no NVIDIA GPU found"),
         ("nvcc", report["nvcc"] or "not found"),
+        ("C++ compiler", report["cxx"] or "not found"),
         *((name, found or "not installed") for name, found in report["packages"].items()),
     ]
     targets = [

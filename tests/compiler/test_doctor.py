@@ -62,8 +62,25 @@ def test_an_onnx_file_without_any_runtime_cannot_run() -> None:
     assert "onnxruntime is not installed" in entry["reason"] and "openvino is not installed" in entry["reason"]
 
 
-def test_tensorrt_is_not_claimed_even_where_it_is_installed() -> None:
-    found = by_name(targets(ALL, {}))
+def test_tensorrt_is_built_without_a_gpu_and_run_with_one() -> None:
     for name in ("tensorrt-rtx", "tensorrt"):
-        assert not found[name]["build"] and not found[name]["run"]
-        assert "planned" in found[name]["reason"]
+        assert by_name(targets(ALL, {}))[name] == {"target": name, "build": True, "run": True, "reason": ""}
+        entry = by_name(targets(ALL, {}, gpu=False))[name]
+        assert (entry["build"], entry["run"], entry["reason"]) == (True, False, "running needs an NVIDIA GPU")
+        entry = by_name(targets(ALL, {}, cxx=False))[name]
+        assert not entry["build"] and "no C++ compiler on PATH" in entry["reason"]
+
+
+def test_tensorrt_rtx_is_named_with_its_distribution() -> None:
+    needed = needed_versions()
+    entry = by_name(targets(ALL | {"tensorrt_rtx": None}, {"tensorrt-rtx-cu13": needed["tensorrt-rtx-cu13"]}))[
+        "tensorrt-rtx"
+    ]
+    assert not entry["build"] and not entry["run"]
+    assert entry["reason"] == "tensorrt_rtx is not installed (pip install 'tensorrt-rtx-cu13==1.7.1.116')"
+
+
+def test_without_tensorrt_a_script_is_written() -> None:
+    entry = by_name(targets(ALL | {"tensorrt": None}, {}))["tensorrt"]
+    assert entry["build"] and not entry["run"]
+    assert "tensorrt is not installed" in entry["reason"] and "a script builds the plan elsewhere" in entry["reason"]

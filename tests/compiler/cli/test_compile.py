@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from keysieve.compiler.cli import main
-from keysieve.compiler.config import CompileConfig, EvictionConfig, PolicyConfig
+from keysieve.compiler.config import CompileConfig, EvictionConfig, PolicyConfig, TensorRTConfig
 
 FUNCTION = "compile.compile"
 LAYERS = [("half_split", None)] * 2
@@ -43,10 +43,27 @@ def test_no_norm(stub, report) -> None:
     assert (policy.trig, policy.norm) == (True, False)
 
 
+def test_tensorrt_options_reach_the_config(stub, report) -> None:
+    calls = stub(FUNCTION, report(*LAYERS))
+    options = (
+        "--policy streaming --target tensorrt-rtx --arch 86,120 --max-batch 2 --max-chunk 64 --max-capacity 4096 "
+        "--aliased --tensorrt-include headers"
+    )
+    assert main(["compile", "m", "-o", "out", *options.split()]) == 0
+    config = calls[0][0][2]
+    assert config.target == "tensorrt-rtx"
+    assert config.tensorrt == TensorRTConfig((86, 120), 2, 4096, 64, True, Path("headers"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ("--policy streaming", "give -o DIR"),
+        (
+            "-o out --policy streaming --arch 86",
+            "--arch is for TensorRT targets; add --target tensorrt-rtx or tensorrt",
+        ),
+        ("-o out --policy streaming --target tensorrt --inline", "leave --inline out"),
         ("-o out", "needs a statistics file"),
         ("-o out --policy nope", "invalid choice: 'nope'"),
         ("-o out --policy streaming --budget 132", "budget 132 leaves no row to choose"),
