@@ -1,4 +1,4 @@
-"""The embedded engine: a bundle on ONNX Runtime's CPU, with generation in bounded memory."""
+"""The embedded engine: a bundle on ONNX Runtime, or its plan on TensorRT, with generation in bounded memory."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from jinja2 import TemplateError
 from safetensors.numpy import load_file
 
 from keysieve.compiler.bundle import STATE, Bundle, open_bundle
+from keysieve.compiler.runtimes import Runtime
 from keysieve.compiler.sampling import Sampler, Sampling
-from keysieve.compiler.session import NUMPY_DTYPES, Counters, Session, one_a_sequence
-from keysieve.errors import BundleError, EngineError
+from keysieve.compiler.session import Counters, Session, one_a_sequence
+from keysieve.errors import EngineError
 
 Prompt = str | Sequence[int]
+DEVICES = ("cpu", "cuda")
 
 
 @dataclass
@@ -69,16 +70,11 @@ class _Sequence:
 class Engine:
     """A loaded bundle. `generate` and `stream` serve requests; `session` gives the bare step loop."""
 
-    def __init__(self, bundle: Bundle, threads: int | None = None):
+    def __init__(self, bundle: Bundle, runtime: Runtime):
         self.bundle = bundle
         self.manifest = bundle.manifest
-        if self.manifest["dtype"] not in NUMPY_DTYPES:
-            raise EngineError(
-                f"{bundle.path}: ONNX Runtime on a CPU has no kernels for {self.manifest['dtype']}; "
-                "compile with --dtype float32 or float16 to run here"
-            )
         self.tokenizer = _load_tokenizer(bundle.path)
-        self._runtime = _open_runtime(bundle, threads)
+        self._runtime = runtime
         state_file = bundle.path / STATE
         self._initial = load_file(state_file) if state_file.is_file() else {}
         self.counters: Counters | None = None
@@ -122,6 +118,7 @@ class Engine:
         wanted: int | Sequence[int] | None = None if dense else eviction["budget"] if budget is None else budget
         if capacity is None:
             capacity = int(np.max(np.asarray(wanted))) + int(eviction["interval"])
+        self._runtime.check(batch, capacity, 1)
         return Session(self._runtime, self.manifest, batch, capacity, wanted, pinned, self._initial)
 
     # -- the request loop --------------------------------------------------------------------------------------------
@@ -171,6 +168,7 @@ class Engine:
                     f"{needed}; use a larger capacity, or a smaller budget or chunk"
                 )
             )
+        self._runtime.check(len(ids), capacity, chunk)
         session = Session(
             self._runtime,
             self.manifest,
@@ -315,25 +313,28 @@ def prefill(session: Session, prompts: Sequence[Sequence[int]], chunk: int) -> n
     return logits[:, 0]  # type: ignore[index]
 
 
-def load(path: Path | str, threads: int | None = None) -> Engine:
-    """Open a bundle for generation. threads: intra-op threads of ONNX Runtime (default: all cores).
+def load(path: Path | str, threads: int | None = None, device: str = "cpu") -> Engine:
+    """Open a bundle for generation.
 
-    Raises BundleError for a damaged bundle or one of another version.
+    device "cpu": model.onnx on ONNX Runtime, with `threads` intra-op threads (default: all cores). "cuda": the bundle's
+    TensorRT plan on the GPU. Raises BundleError for a damaged bundle or one of another version, EngineError where the
+    device cannot run it.
     """
-    return Engine(open_bundle(path), threads)
+    if device not in DEVICES:
+        raise EngineError(f"unknown device {device!r}; choose one of {', '.join(DEVICES)}")
+    bundle = open_bundle(path)
+    if device == "cuda":
+        from keysieve.compiler.runtimes.tensorrt import PlanRuntime
 
+        return Engine(bundle, PlanRuntime(bundle))
+    from keysieve.compiler.runtimes.onnxruntime import DTYPES, OnnxRuntime
 
-def _open_runtime(bundle: Bundle, threads: int | None) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    if threads is not None:
-        if threads < 1:
-            raise EngineError(f"threads is {threads}; it must be at least 1")
-        options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    try:
-        return ort.InferenceSession(str(bundle.model), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's own exceptions share no public base
-        raise BundleError(f"{bundle.model}: ONNX Runtime cannot load it: {error}") from error
+    if bundle.manifest["dtype"] not in DTYPES:
+        raise EngineError(
+            f"{bundle.path}: ONNX Runtime on a CPU has no kernels for {bundle.manifest['dtype']}; "
+            "compile with --dtype float32 or float16 to run here"
+        )
+    return Engine(bundle, OnnxRuntime(bundle.model, threads))
 
 
 def _load_tokenizer(path: Path) -> Any:

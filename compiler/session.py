@@ -4,17 +4,14 @@ The engine itself decides when and what to evict. A session only feeds tokens, b
 one buffer (so nothing grows and nothing is copied), and carries the plan of one step into the next.
 """
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
+from keysieve.compiler.runtimes import Buffer, Runtime
 from keysieve.errors import EngineError
-
-NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16}
 
 
 @dataclass
@@ -51,7 +48,7 @@ class Session:
 
     def __init__(
         self,
-        runtime: ort.InferenceSession,
+        runtime: Runtime,
         manifest: dict[str, Any],
         batch: int,
         capacity: int,
@@ -59,7 +56,6 @@ class Session:
         pinned: Sequence[int] | None = None,
         initial: dict[str, np.ndarray] | None = None,
     ):
-        self._runtime = runtime
         self.batch, self.capacity = batch, capacity
         self.dense = budget is None
         sizes, eviction = manifest["sizes"], manifest["eviction"]
@@ -67,13 +63,11 @@ class Session:
         self._budget = one_a_sequence(capacity if budget is None else budget, batch)
         self._check_room(eviction)
         layers, heads = sizes["layers"], sizes["kv_heads"]
-        dtype = NUMPY_DTYPES[manifest["dtype"]]
-        self._caches: dict[str, ort.OrtValue] = {}
+        self._binding = binding = runtime.binding()
+        self._caches: dict[str, Buffer] = {}
         for layer in range(layers):
             for name, width in (("key", sizes["head_dim"]), ("value", sizes["value_dim"])):
-                rows = np.zeros((batch, heads, capacity, width), dtype)
-                self._caches[f"{name}_{layer}"] = ort.OrtValue.ortvalue_from_numpy(rows)
-        kv_bytes = sum(int(np.prod(c.shape())) for c in self._caches.values()) * np.dtype(dtype).itemsize
+                self._caches[f"{name}_{layer}"] = binding.zeros((batch, heads, capacity, width), manifest["dtype"])
         plan_shape = [batch if size is None else size for size in manifest["state"]["plan"]]
         start = {
             "length": np.zeros(batch, np.int32),
@@ -83,24 +77,23 @@ class Session:
         for name, value in (initial or {}).items():  # [L, 1, ...] -> [L, B, ...]
             start[name] = np.ascontiguousarray(np.repeat(value.astype(np.float32), batch, axis=1))
         # State that is not updated in place alternates between two buffers.
-        self._now = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in start.items()}
-        self._next = {name: ort.OrtValue.ortvalue_from_numpy(np.zeros_like(value)) for name, value in start.items()}
-        self._evicted = ort.OrtValue.ortvalue_from_numpy(np.zeros(batch, np.int32))
+        self._now = {name: binding.buffer(value) for name, value in start.items()}
+        self._next = {name: binding.buffer(np.zeros_like(value)) for name, value in start.items()}
+        self._evicted = binding.zeros((batch,), "int32")
         self._pinned = np.zeros(batch, np.int32) if pinned is None else np.asarray(pinned, np.int32)
         self.position = np.zeros(batch, np.int64)
         self._tokens = np.zeros(batch, np.int64)
         self._rounds = np.zeros(batch, np.int64)
         self._total_evicted = np.zeros(batch, np.int64)
-        self._layers, self._kv_bytes = layers, kv_bytes
+        self._layers, self._kv_bytes = layers, sum(cache.nbytes for cache in self._caches.values())
         self._vocab_size = int(manifest["vocab_size"])
-        self._logits: tuple[np.ndarray, ort.OrtValue] | None = None
-        self._binding = runtime.io_binding()
+        self._logits: tuple[int, Buffer] | None = None
         for name, cache in self._caches.items():
-            self._binding.bind_ortvalue_input(name, cache)
-            self._binding.bind_ortvalue_output(f"{name}_next", cache)
-        self._binding.bind_ortvalue_output("evicted", self._evicted)
-        self._binding.bind_cpu_input("budget", self._budget)
-        self._binding.bind_cpu_input("pinned", self._pinned)
+            binding.input(name, cache)
+            binding.output(f"{name}_next", cache)
+        binding.output("evicted", self._evicted)
+        binding.feed("budget", self._budget)
+        binding.feed("pinned", self._pinned)
 
     def _check_room(self, eviction: dict[str, Any]) -> None:
         protected = eviction["sinks"] + eviction["recent"]
@@ -115,7 +108,7 @@ class Session:
     @property
     def rows(self) -> np.ndarray:
         """Rows held [B] once the pending plan is executed."""
-        keep, length = self._now["keep"].numpy(), self._now["length"].numpy()
+        keep, length = self._now["keep"].array, self._now["length"].array
         return np.where(keep >= 0, keep, length)
 
     @property
@@ -154,39 +147,32 @@ class Session:
             crowded = (length + next_tokens > self.capacity) & (length > self._budget)
             limit = np.where(crowded, np.minimum(limit, length), limit).astype(np.int32)
         binding = self._binding
-        binding.bind_cpu_input("input_ids", np.ascontiguousarray(input_ids, np.int64))
-        binding.bind_cpu_input("logits_at", np.ascontiguousarray(logits_at, np.int64))
-        binding.bind_cpu_input("count", count)
-        binding.bind_cpu_input("position", self.position)
-        binding.bind_cpu_input("limit", limit)
+        binding.feed("input_ids", np.ascontiguousarray(input_ids, np.int64))
+        binding.feed("logits_at", np.ascontiguousarray(logits_at, np.int64))
+        binding.feed("count", count)
+        binding.feed("position", self.position)
+        binding.feed("limit", limit)
         for name in self._now:
-            binding.bind_ortvalue_input(name, self._now[name])
-            binding.bind_ortvalue_output(f"{name}_next", self._next[name])
-        logits, buffer = self._logits_buffer(logits_at.shape[1])
-        binding.bind_ortvalue_output("logits", buffer)
-        self._runtime.run_with_iobinding(binding)
+            binding.input(name, self._now[name])
+            binding.output(f"{name}_next", self._next[name])
+        logits = self._logits_buffer(logits_at.shape[1])
+        binding.output("logits", logits)
+        binding.run()
         self._now, self._next = self._next, self._now
-        evicted = self._evicted.numpy()
+        evicted = self._evicted.array
         self.position = self.position + count
         self._tokens += count
         self._total_evicted += evicted
         self._rounds += evicted > 0
-        return logits
+        return logits.array
 
-    def _logits_buffer(self, wanted: int) -> tuple[np.ndarray, ort.OrtValue]:
-        """[B,N,V] float32, kept from step to step while N stays the same.
-
-        The array owns the memory and the OrtValue only refers to it, so what a caller holds outlives the session.
-        """
-        shape = (self.batch, wanted, self._vocab_size)
-        if self._logits is None or self._logits[0].shape != shape:
-            array = np.empty(shape, np.float32)
-            self._logits = (array, ort.OrtValue.ortvalue_from_numpy(array))
-        return self._logits
+    def _logits_buffer(self, wanted: int) -> Buffer:
+        """[B,N,V] float32, kept from step to step while N stays the same."""
+        if self._logits is None or self._logits[0] != wanted:
+            self._logits = (wanted, self._binding.zeros((self.batch, wanted, self._vocab_size), "float32"))
+        return self._logits[1]
 
     def close(self) -> None:
         """Release the buffers."""
         self._caches.clear()
-        self._binding.clear_binding_inputs()
-        self._binding.clear_binding_outputs()
-        gc.collect()
+        self._binding.close()

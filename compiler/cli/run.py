@@ -39,6 +39,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     memory.add_argument("--chunk", metavar="N", type=positive, help="prompt tokens a step (default: the interval)")
     memory.add_argument("--threads", metavar="N", type=positive, help="CPU threads (default: all cores)")
     memory.add_argument(
+        "--device", choices=("cpu", "cuda"), help="cuda: the bundle's TensorRT plan (default cpu: ONNX Runtime)"
+    )
+    memory.add_argument(
         "--ignore-position-limit", action="store_true", help="go past the longest text the model was made for"
     )
     parser.add_argument("--stats", action="store_true", help="print speed and memory on stderr afterwards")
@@ -55,7 +58,7 @@ def run(args: Namespace) -> int:
     from keysieve.compiler.engine import load
 
     quiet_transformers()
-    engine = load(args.bundle, args.threads)
+    engine = load(args.bundle, args.threads, **given(args, "device"))
     options = {
         "chat": not args.raw and bool(getattr(engine.tokenizer, "chat_template", None)),
         "ignore_position_limit": args.ignore_position_limit,

@@ -125,7 +125,7 @@ def test_a_float16_bundle_runs(root: Path) -> None:
     engine = load(path, threads=1)
     prompt = torch.randint(3, VOCABULARY, (40,), generator=torch.Generator().manual_seed(0))
     session = engine.session(dense=True, capacity=40)
-    assert session._caches["key_0"].numpy().dtype == np.float16
+    assert session._caches["key_0"].array.dtype == np.float16
     logits = session.step(prompt[None].numpy(), np.array([40]), np.arange(40)[None])[0]
     with torch.no_grad():
         wanted = tiny_model("llama_mha")(prompt[None]).logits[0].numpy()

@@ -155,7 +155,7 @@ class Kept:
 
     def follow(self, session: Session, new: Sequence[Sequence[int]]) -> np.ndarray:
         """Append a step's tokens and apply what the step planned; returns keep [B] (-1: not due)."""
-        plan, keep = session._now["plan"].numpy(), session._now["keep"].numpy()
+        plan, keep = session._now["plan"].array.copy(), session._now["keep"].array.copy()
         for layer, sequences in enumerate(self.rows):
             for b, heads in enumerate(sequences):
                 for head, held in enumerate(heads):
@@ -289,7 +289,7 @@ def test_positions_go_on_counting_after_an_eviction(root: Path) -> None:
         keep = kept.follow(session, part)
     assert keep[0] == -1  # the last plan has been executed, so the rows lie where they should
     _, layers = forward(model, ids, lambda layer, count: np.tri(count, dtype=bool)[None].repeat(4, 0))
-    keys = session._caches["key_0"].numpy()[0]
+    keys = session._caches["key_0"].array[0]
     for head in range(2):
         held = kept.rows[0][0][head]
         assert held[-1] == 149 and held[20] != 20
@@ -319,7 +319,7 @@ def test_kv_bytes_are_those_of_the_buffers(llama: Engine) -> None:
     for batch, capacity in ((1, 64), (3, 100)):
         session = llama.session(batch, capacity=capacity)
         assert session.counters.kv_bytes == 3 * 2 * batch * 2 * capacity * 16 * 4
-        assert session.counters.kv_bytes == sum(cache.numpy().nbytes for cache in session._caches.values())
+        assert session.counters.kv_bytes == sum(cache.array.nbytes for cache in session._caches.values())
         assert (session.counters.batch, session.counters.layers, session.counters.capacity) == (batch, 3, capacity)
 
 
@@ -340,13 +340,13 @@ def test_a_smaller_budget_holds_fewer_rows_in_fewer_bytes(llama: Engine) -> None
 
 def test_caches_stay_where_they_are(llama: Engine) -> None:
     session = llama.session(2)
-    buffers = {name: (cache.data_ptr(), cache.shape()) for name, cache in session._caches.items()}
+    buffers = {name: (cache.value.data_ptr(), cache.array.shape) for name, cache in session._caches.items()}
     size = session.counters.kv_bytes
     prefill(session, [tokens(100), tokens(30, 1)], 16)
     for n in range(300):
         session.step(np.array([[3 + n % 300], [5]]), np.ones(2), np.zeros((2, 1), int))
         assert (session.rows <= 64).all()
-    assert {name: (cache.data_ptr(), cache.shape()) for name, cache in session._caches.items()} == buffers
+    assert {name: (cache.value.data_ptr(), cache.array.shape) for name, cache in session._caches.items()} == buffers
     assert session.counters.kv_bytes == size
     assert min(session.counters.rounds) >= 17
 

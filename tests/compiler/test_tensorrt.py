@@ -67,16 +67,16 @@ def test_a_bundle_with_a_kit(root: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert check_library(bundle.path / LIBRARY, [90])["cubins"] == [80, 90]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "eviction",
+    ("name", "eviction"),
     [
-        replace(SMALL, scope="union"),
-        replace(SMALL, policy=PolicyConfig(centres="online", aggregation="max", offset_max=8), scope="per_head"),
-        replace(SMALL, policy=PolicyConfig("key-norm"), sinks=0),
-        replace(SMALL, policy=PolicyConfig("streaming")),
+        ("gpt_neox", replace(SMALL, scope="union")),
+        ("cohere", replace(SMALL, policy=replace(ONLINE, aggregation="max", offset_max=8), scope="per_head")),
+        ("cohere", replace(SMALL, policy=PolicyConfig("key-norm"), sinks=0)),
+        ("llama", replace(SMALL, policy=PolicyConfig("streaming"))),
     ],
 )
-@pytest.mark.parametrize("name", ["gpt_neox", "cohere"])
 def test_the_configuration_is_that_of_the_onnx_file(name: str, eviction: EvictionConfig, root: Path) -> None:
     matched = find(load_skeleton(tiny_folder(name, root), "float32"), QUIET)
     found = kernel_configuration(engine_graph(matched, eviction, None), "float32")
