@@ -15,7 +15,7 @@ DEMO_STATS  := build/demo.stats.safetensors
 DEMO_TEXT   ?= docs/method.md
 DEMO_PROMPT ?= Tell me a long story about a lighthouse keeper who finds a map in a bottle.
 
-BENCH       ?= $(wildcard benchmarks/*.py)
+BENCH       ?= $(addprefix benchmarks/,fidelity.py decode.py endurance.py)
 BENCH_ARGS  ?=
 PYTEST_ARGS ?=
 
@@ -27,7 +27,7 @@ help:
 	echo "make test       lint and all tests, the slow ones on the real model included"
 	echo "make test-fast  the tests that take seconds and need neither the real model nor a GPU"
 	echo "make lint       ruff and mypy"
-	echo "make bench      every script of benchmarks/ (BENCH=FILE picks one, BENCH_ARGS='...' goes to it)"
+	echo "make bench      what needs no GPU of benchmarks/, after `make demo` (BENCH=FILE picks one, BENCH_ARGS='...' goes to it)"
 	echo "make venv       the virtual environment in $(VENV)"
 	echo "make model      the model of demo and tests in $(MODEL)"
 	echo "make clean      remove everything that was built (CLEAN_VENV=1: the virtual environment too)"

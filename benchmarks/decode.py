@@ -1,6 +1,6 @@
 """Cost of eviction while decoding: the same engine, evicting and not, at the same rows, A B A B in one process.
 
-    python benchmarks/decode.py BUNDLE [--budgets 512,2048] [--pairs 5] [--threads 1]
+    python benchmarks/decode.py [BUNDLE] [--budgets 512,2048] [--pairs 5] [--threads 1] [--device cpu|cuda]
 
 A decodes `interval` tokens on an evicting session (rows go from budget to budget + interval, then one round); B the
 same number on a dense session that starts at `budget` rows. Both have the same capacity. The ratio of each pair and
@@ -22,13 +22,16 @@ from keysieve.compiler.session import Session
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument(
+        "bundle", type=Path, nargs="?", default=Path("build/demo"), help="(default build/demo, of `make demo`)"
+    )
     parser.add_argument("--budgets", default="512,2048")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the bundle's TensorRT plan")
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
-    engine = load(options.bundle, options.threads)
+    engine = load(options.bundle, options.threads, options.device)
     rows = [measure(engine, int(budget), options.pairs) for budget in options.budgets.split(",")]
     for row in rows:
         print(

@@ -1,6 +1,6 @@
 """Memory of a long generation: KV bytes and resident memory over thousands of tokens at a small budget.
 
-    python benchmarks/endurance.py BUNDLE [--tokens 4096] [--budget 256]
+    python benchmarks/endurance.py [BUNDLE] [--tokens 4096] [--budget 256]
 
 Prints rows held, rows evicted, KV bytes and resident memory after the first round and along the way, the drift of
 resident memory since then, and checks the counters against arithmetic.
@@ -20,7 +20,9 @@ PROMPT = "Tell me the story of a lighthouse keeper and the sea, chapter by chapt
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument(
+        "bundle", type=Path, nargs="?", default=Path("build/demo"), help="(default build/demo, of `make demo`)"
+    )
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--budget", type=int, default=256)
     parser.add_argument("--threads", type=int)

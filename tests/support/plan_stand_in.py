@@ -11,12 +11,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-TYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(int32)": np.int32,
-    "tensor(int64)": np.int64,
-}
+TYPES = {f"tensor({name})": np.dtype(kind) for name, kind in (("float", "f4"), ("int32", "i4"), ("int64", "i8"))}
 
 
 def at(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
