@@ -18,6 +18,8 @@ DEMO_PROMPT ?= Tell me a long story about a lighthouse keeper who finds a map in
 BENCH       ?= $(addprefix benchmarks/,fidelity.py decode.py endurance.py)
 BENCH_ARGS  ?=
 PYTEST_ARGS ?=
+# Two processes, each with one thread; the tests of a file share what they compile, so they stay together.
+TWO_AT_ONCE := --numprocesses 2 --dist loadfile
 
 .PHONY: help venv model demo test test-fast lint types bench clean
 .SILENT:
@@ -63,10 +65,10 @@ demo: $(READY) $(MODEL)/config.json
 	$(BIN)/keysieve compare $(DEMO) --text $(DEMO_TEXT) --budgets 256,512
 
 test: lint $(MODEL)/config.json
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(TWO_AT_ONCE) $(PYTEST_ARGS)
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -m 'not slow and not gpu' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(TWO_AT_ONCE) -m 'not slow and not gpu' $(PYTEST_ARGS)
 
 lint: $(READY) types
 	$(BIN)/ruff check .

@@ -63,10 +63,11 @@ class _Decoder(nn.Module):
         return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
 
 
-def capture(model: "PreTrainedModel", implementation: str | None = None) -> Graph:
+def capture(model: "PreTrainedModel", implementation: str | None = None, only_to_find: bool = False) -> Graph:
     """Export `model` with dynamic batch and sequence sizes; returns the graph that passes work on.
 
     implementation: force one attention implementation ("keysieve", "sdpa" or "eager"); by default the first works.
+    only_to_find: fixed sizes, which takes half the time and is enough to find RoPE, where "keysieve" works.
     Raises CaptureError with the exporter's own words when the model cannot be exported.
     """
     from transformers import AttentionInterface
@@ -82,7 +83,7 @@ def capture(model: "PreTrainedModel", implementation: str | None = None) -> Grap
             reasons.append(f"{name}: {error}")
             continue
         try:
-            graph = Graph(_export(model))
+            graph = Graph(_export(model, dynamic=not only_to_find or name != ATTENTION_NAME))
         finally:
             model.set_attn_implementation(previous)
         if name != ATTENTION_NAME or graph.calls(torch.ops.keysieve.attention.default):
@@ -91,18 +92,18 @@ def capture(model: "PreTrainedModel", implementation: str | None = None) -> Grap
     raise CaptureError(f"{type(model).__name__}: no attention implementation could be captured: {'; '.join(reasons)}")
 
 
-def _export(model: "PreTrainedModel") -> ExportedProgram:
+def _export(model: "PreTrainedModel", dynamic: bool) -> ExportedProgram:
     # 3 and 5 are arbitrary sizes above 1: export would take 0 or 1 for a constant.
     input_ids = torch.zeros(3, 5, dtype=torch.long)
     position_ids = torch.arange(5).repeat(3, 1)
-    dynamic = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    sizes = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} if dynamic else None
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's own, about pytrees
             return export(
                 _Decoder(model.eval()),
                 (input_ids, position_ids),
-                dynamic_shapes={"input_ids": dynamic, "position_ids": dynamic},
+                dynamic_shapes={"input_ids": sizes, "position_ids": sizes},
                 strict=False,
             )
     except CaptureError:

@@ -59,7 +59,7 @@ def inspect(
         return _bundle_report(Path(source))
     progress = progress or Progress()
     model = load_skeleton(source, dtype)
-    return report_of(model, find(model, progress), eviction or EvictionConfig(), dtype)
+    return report_of(model, find(model, progress, only_to_find=True), eviction or EvictionConfig(), dtype)
 
 
 def report_of(model: "PreTrainedModel", matched: Matched, eviction: EvictionConfig, dtype: str) -> Report:

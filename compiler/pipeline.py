@@ -52,10 +52,12 @@ class Matched:
         return self.ropes
 
 
-def find(model: "PreTrainedModel", progress: Progress, implementation: str | None = None) -> Matched:
-    """Capture the model, and find attention and RoPE in it."""
+def find(
+    model: "PreTrainedModel", progress: Progress, implementation: str | None = None, only_to_find: bool = False
+) -> Matched:
+    """Capture the model, and find attention and RoPE in it; arguments as capture's."""
     with progress.stage("capture") as stage:
-        graph = capture(model, implementation)
+        graph = capture(model, implementation, only_to_find)
         stage.note(f"{len(graph.fx.nodes):,} nodes")
     with progress.stage("match") as stage:
         lowered = lower_attention(graph)

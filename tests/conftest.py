@@ -1,4 +1,4 @@
-"""What every test shares: no network, two threads, fixed seeds, and the real model for the slow ones."""
+"""What every test shares: no network, few threads, fixed seeds, and the real model for the slow ones."""
 
 import os
 
@@ -13,7 +13,7 @@ import torch
 
 MODEL = Path(__file__).parents[1] / "build" / "model" / "SmolLM2-135M-Instruct"
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,9 @@ import pytest
 from transformers import MistralConfig
 
 from keysieve.compiler.config import EvictionConfig
-from keysieve.compiler.inspect import Report, inspect
+from keysieve.compiler.inspect import Report, inspect, report_of
+from keysieve.compiler.model import load_skeleton
+from keysieve.compiler.pipeline import find
 from keysieve.compiler.progress import Progress
 from keysieve.errors import BundleError, CaptureError
 from support.bundles import tiny_bundle, tiny_folder
@@ -46,6 +48,13 @@ def test_a_configuration_is_enough(name: str, forms: list[str], root: Path, tmp_
     kv_heads = 4 if name == "gpt_neox" else 2
     assert report.kv_bytes_per_token == len(forms) * kv_heads * (16 + 16) * 4
     assert (report.budget, report.kv_bytes_for_budget) == (48, report.kv_bytes_per_token * (48 + 16))
+
+
+@pytest.mark.parametrize("name", ["llama_yarn", "qwen3", "gpt_neox", "cohere", "smollm3", "gpt2"])
+def test_fixed_sizes_find_what_the_compiler_finds(name: str, root: Path) -> None:
+    """inspect captures with fixed sizes, to be fast; compile with dynamic ones."""
+    model = load_skeleton(tiny_folder(name, root))
+    assert inspect(tiny_folder(name, root), SMALL) == report_of(model, find(model, QUIET), SMALL, "float32")
 
 
 def test_a_bundle_reports_what_it_was_compiled_from(root: Path, llama_report: Report) -> None:
