@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from keysieve.errors import ConfigError
-from keysieve.plugins.contract import SCOPES
+from keysieve.kernels import SCOPES
 
 POLICIES = ("triattention", "streaming", "key-norm", "random")
 CENTRES = ("calibrated", "online")

@@ -9,7 +9,6 @@ from typing import Any
 
 DOMAIN = "trt.plugins"
 NAMESPACE = ""
-SCOPES = ("per_layer_per_head", "per_head", "union")
 
 
 @dataclass(frozen=True)

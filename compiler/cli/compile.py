@@ -19,7 +19,7 @@ from keysieve.compiler.config import (
     PolicyConfig,
     TensorRTConfig,
 )
-from keysieve.plugins.contract import SCOPES
+from keysieve.kernels import SCOPES
 
 if TYPE_CHECKING:
     from keysieve.compiler.inspect import Report

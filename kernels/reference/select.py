@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from keysieve.errors import ConfigError
+from keysieve.kernels import SCOPES
 
 STD_FLOOR = 1e-6
 
@@ -77,7 +78,7 @@ def _aggregate(group_max: Tensor, scope: str) -> Tensor:
         return group_max.mean(dim=0, keepdim=True)
     if scope == "union":
         return group_max.amax(dim=(0, 2), keepdim=True)
-    raise ConfigError(f"unknown scope {scope!r}; choose one of per_layer_per_head, per_head, union")
+    raise ConfigError(f"unknown scope {scope!r}; choose one of {', '.join(SCOPES)}")
 
 
 def _lowest_first(rank_by: Tensor, kept: Tensor) -> Tensor:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from keysieve.errors import ConfigError
+from keysieve.kernels import SCOPES
 
 DTYPES = ("float16", "bfloat16", "float32")
 POLICIES = ("trig", "key_norm", "streaming", "random")
-SCOPES = ("per_layer_per_head", "per_head", "union")
 MAX_HEAD_DIM = 256
 MAX_GROUP = 16
 MAX_CAPACITY = 65536

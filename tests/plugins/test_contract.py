@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from keysieve.kernels import reference
+from keysieve.kernels import SCOPES, reference
 from keysieve.plugins import torch_ops  # noqa: F401  (registers torch.ops.keysieve)
-from keysieve.plugins.contract import DOMAIN, NODES, SCOPES, SCORE, SELECT, UPDATE, plan_shape
+from keysieve.plugins.contract import DOMAIN, NODES, SCORE, SELECT, UPDATE, plan_shape
 from keysieve.plugins.onnx.functions import score_function, select_function, update_function
 
 SIZES = {"B": 3, "S": 2, "C": 7, "L": 2, "Hq": 4, "Hkv": 2, "D": 6, "Dv": 5, "R/2": 2, "J": 3}

@@ -9,8 +9,8 @@ import pytest
 import torch
 from onnx import TensorProto, checker, helper
 
-from keysieve.kernels import reference
-from keysieve.plugins.contract import DOMAIN, NAMESPACE, SCOPES, SCORE, SELECT, UPDATE, plan_shape
+from keysieve.kernels import SCOPES, reference
+from keysieve.plugins.contract import DOMAIN, NAMESPACE, SCORE, SELECT, UPDATE, plan_shape
 from keysieve.plugins.onnx.body import OPSET
 from keysieve.plugins.onnx.functions import score_function, select_function, update_function
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from keysieve.errors import ConfigError
+from keysieve.kernels import SCOPES
 from keysieve.kernels.triton.aot import ARCHITECTURES, PORTABLE, build
-from keysieve.kernels.triton.configuration import SCOPES, KernelConfiguration
+from keysieve.kernels.triton.configuration import KernelConfiguration
 from keysieve.kernels.triton.report import MODELS, filled, limits_broken, occupancy
 from keysieve.kernels.triton.variants import variants
 

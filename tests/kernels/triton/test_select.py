@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from keysieve.kernels import SCOPES
 from keysieve.kernels.reference import select
 from keysieve.kernels.reference.select import standardise
-from keysieve.kernels.triton.configuration import SCOPES, KernelConfiguration
+from keysieve.kernels.triton.configuration import KernelConfiguration
 
 
 def configuration(**changes):

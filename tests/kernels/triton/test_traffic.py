@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from keysieve.kernels.triton.configuration import SCOPES, KernelConfiguration
+from keysieve.kernels import SCOPES
+from keysieve.kernels.triton.configuration import KernelConfiguration
 from keysieve.kernels.triton.report import MODELS, ROUND
 from keysieve.kernels.triton.traffic import Round, minimum, traffic
 
