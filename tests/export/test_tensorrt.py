@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import onnx
 import pytest
 
-from keysieve.compiler.config import EvictionConfig
+from keysieve.compiler.config import EvictionConfig, PolicyConfig
 from keysieve.errors import ConfigError, ExportError
 from keysieve.export import tensorrt as export
 from keysieve.export.tensorrt import LIBRARY, PARSER_MODEL, Limits, build_rtx_plan, check_library, write_parser_model
@@ -27,8 +27,11 @@ EVICTION = EvictionConfig(budget=48, interval=16, sinks=2, recent=8)
 LIMITS = Limits(batch=4, capacity=256, chunk=32)
 
 
-def half_bundle(name: str, root: Path, scope: str = "per_layer_per_head", dtype: str = "float16") -> Path:
-    return tiny_bundle(name, replace(EVICTION, scope=scope), root, dtype=dtype)
+def half_bundle(
+    name: str, root: Path, scope: str = "per_layer_per_head", dtype: str = "float16", policy: str = "triattention"
+) -> Path:
+    eviction = replace(EVICTION, scope=scope, policy=PolicyConfig(policy))
+    return tiny_bundle(name, eviction, root, dtype=dtype)
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +61,7 @@ def prepared(root: Path) -> Callable[..., tuple[Path, Path]]:
         ("qwen3", {}),
         ("gpt_neox", {"scope": "per_head"}),
         ("cohere", {"scope": "union"}),
-        ("llama", {"dtype": "bfloat16"}),
+        ("llama", {"dtype": "bfloat16", "policy": "key-norm"}),
         ("llama", {"dtype": "float32"}),
     ],
 )
