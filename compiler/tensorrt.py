@@ -57,26 +57,17 @@ def kernel_configuration(graph: Graph, dtype: str) -> KernelConfiguration:
     """What the GPU kernels of an engine graph are built for. Raises ConfigError for what they cannot do."""
     (score,), (select,) = (graph.calls(op.default) for op in (torch.ops.keysieve.score, torch.ops.keysieve.select))
     update = graph.calls(torch.ops.keysieve.update.default)[0]
-    inputs = len(SCORE.inputs)
-    options: dict[str, Any] = {}
+    attributes: dict[str, Any] = {}
     for node, call in ((SCORE, score), (SELECT, select)):
-        options |= dict(zip(node.attributes, call.args[len(node.inputs) :], strict=True))
-    centre, keys = score.args[inputs - 3], score.args[inputs - 1]
+        attributes |= dict(zip(node.attributes, call.args[len(node.inputs) :], strict=True))
+    *_, centre, _, keys = score.args[: len(SCORE.inputs)]
     key, value = (graph.shape(argument) for argument in update.args[5:7])  # type: ignore[arg-type]
-    trig = options["policy"] == "trig"
-    return KernelConfiguration(
+    return KernelConfiguration.of_nodes(
+        attributes,
         layers=len(keys),  # type: ignore[arg-type]
-        query_heads=options["query_heads"],
-        kv_heads=options["kv_heads"],
         head_dim=int(key[3]),
         value_dim=int(value[3]),
-        offsets=int(graph.shape(centre)[3]) if trig else 1,  # type: ignore[arg-type]
-        rotary_dim=options["rotary_dim"],
-        interleaved=bool(options["interleaved"]),
-        policy=options["policy"],
-        scope=options["scope"],
-        sinks=options["sinks"],
-        recent=options["recent"],
+        offsets=int(graph.shape(centre)[3]),  # type: ignore[arg-type]
         dtype=dtype,
     )
 

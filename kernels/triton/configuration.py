@@ -1,6 +1,7 @@
 """What the GPU kernels of one model are specialised for, checked before anything is compiled."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from keysieve.errors import ConfigError
 from keysieve.kernels import SCOPES
@@ -56,6 +57,22 @@ class KernelConfiguration:
         )
         for name, known in (("dtype", DTYPES), ("policy", POLICIES), ("scope", SCOPES)):
             _check(getattr(self, name) in known, f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
+
+    @classmethod
+    def of_nodes(
+        cls, attributes: dict[str, Any], layers: int, head_dim: int, value_dim: int, offsets: int, dtype: str
+    ) -> "KernelConfiguration":
+        """From the attributes of a score and a select node, put together, and the sizes of their tensors."""
+        names = ("query_heads", "kv_heads", "rotary_dim", "policy", "scope", "sinks", "recent")
+        return cls(
+            layers=layers,
+            head_dim=head_dim,
+            value_dim=value_dim,
+            offsets=offsets if attributes["policy"] == "trig" else 1,  # others have a centre of one row, unused
+            interleaved=bool(attributes["interleaved"]),
+            dtype=dtype,
+            **{name: attributes[name] for name in names},
+        )
 
     @property
     def group(self) -> int:

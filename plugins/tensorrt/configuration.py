@@ -39,25 +39,15 @@ def read_configuration(model: Path) -> KernelConfiguration:
     score, select = found[SCORE.name][0], found[SELECT.name][0]
     shapes = _shapes(graph)
     key, value = (shapes[name] for name in found[UPDATE.name][0].input[5:7])
-    options = _attributes(score) | _attributes(select)
-    layers = len(score.input) - 5
     centre = shapes.get(score.input[3])
-    trig = options["policy"] == "trig"
-    if trig and centre is None:
+    if centre is None:
         raise ExportError(f"{model} does not say the shape of {score.input[3]}, input centre of {SCORE.name}")
-    return KernelConfiguration(
-        layers=layers,
-        query_heads=options["query_heads"],
-        kv_heads=options["kv_heads"],
+    return KernelConfiguration.of_nodes(
+        _attributes(score) | _attributes(select),
+        layers=len(score.input) - len(SCORE.inputs) + 1,
         head_dim=key[1][3],
         value_dim=value[1][3],
-        offsets=centre[1][3] if trig and centre else 1,
-        rotary_dim=options["rotary_dim"],
-        interleaved=bool(options["interleaved"]),
-        policy=options["policy"],
-        scope=options["scope"],
-        sinks=options["sinks"],
-        recent=options["recent"],
+        offsets=centre[1][3],
         dtype=DTYPES.get(key[0], helper.tensor_dtype_to_string(key[0])),
     )
 
