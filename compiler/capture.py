@@ -93,9 +93,10 @@ def capture(model: "PreTrainedModel", implementation: str | None = None, only_to
 
 
 def _export(model: "PreTrainedModel", dynamic: bool) -> ExportedProgram:
-    # 3 and 5 are arbitrary sizes above 1: export would take 0 or 1 for a constant.
-    input_ids = torch.zeros(3, 5, dtype=torch.long)
-    position_ids = torch.arange(5).repeat(3, 1)
+    # Primes that no other size of a model equals, and above 1: export would take 0 or 1 for a constant.
+    batch, tokens = 211, 223
+    input_ids = torch.zeros(batch, tokens, dtype=torch.long)
+    position_ids = torch.arange(tokens).repeat(batch, 1)
     sizes = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} if dynamic else None
     try:
         with torch.no_grad(), warnings.catch_warnings():

@@ -64,23 +64,18 @@ def inspect(
 
 def report_of(model: "PreTrainedModel", matched: Matched, eviction: EvictionConfig, dtype: str) -> Report:
     """The report on a captured model."""
-    ropes = {rope.attention.layer: rope for rope in matched.ropes}
-    misses = {miss.layer: miss for miss in matched.misses}
-    attentions = {attention.layer: attention for attention in matched.attentions}
-    layers = []
     rotary = any(rope.form.kind != "nope" for rope in matched.ropes)
-    for index in range(matched.layers):
-        rope, miss = ropes.get(index), misses.get(index)
-        if rope is not None and not rotary:
-            reason = "no layer of the model has a rotary embedding"
-            layers.append(LayerReport(index, "full", "nope", False, reason, rope.attention.node.name))
-        elif rope is not None:
-            layers.append(LayerReport(index, "full", str(rope.form), True, None, rope.attention.node.name))
-        elif miss is not None:
-            kind = "sliding" if "sliding window" in miss.reason else "unsupported"
-            layers.append(LayerReport(index, kind, None, False, miss.reason, miss.node))
+    reason = None if rotary else "no layer of the model has a rotary embedding"
+    layers = [
+        LayerReport(rope.attention.number, "full", str(rope.form), rotary, reason, rope.attention.node.name)
+        for rope in matched.ropes
+    ]
+    for miss in matched.misses:
+        kind = "sliding" if "sliding window" in miss.reason else "unsupported"
+        layers.append(LayerReport(miss.layer, kind, None, False, miss.reason, miss.node))
+    layers.sort(key=lambda layer: layer.layer)
     item = ITEM_BYTES[dtype]
-    per_token = sum(a.kv_heads * (a.head_dim + a.value_dim) * item for a in attentions.values())
+    per_token = sum(a.kv_heads * (a.head_dim + a.value_dim) * item for a in matched.attentions)
     architecture = (model.config.architectures or [type(model).__name__])[0]
     rows = eviction.budget + eviction.interval
     return Report(architecture, layers, per_token, eviction.budget, per_token * rows, dtype, {}, asdict(eviction))

@@ -65,8 +65,22 @@ def find(
         ropes = find_rope(graph, attentions.matches)
         misses = lowered + attentions.misses + ropes.misses
         layers = len(attentions.matches) + len(attentions.misses) + len(lowered)
+        without = _without_attention(model, [a.number for a in attentions.matches] + [m.layer for m in misses])
+        misses += without
+        layers += len(without)
         stage.note(f"{len(ropes.matches)} of {layers} layers")
     return Matched(graph, attentions.matches, ropes.matches, misses, layers)
+
+
+def _without_attention(model: "PreTrainedModel", found: list[int]) -> list[Miss]:
+    """The model's layers without any attention: what they carry from token to token would be lost."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or {}
+    missing = sorted(set(range(getattr(config, "num_hidden_layers", 0))) - set(found))
+    return [
+        Miss(number, "-", f"no attention in this layer ({kinds[number]})" if kinds else "no attention in this layer")
+        for number in missing
+    ]
 
 
 def tap_graph(matched: Matched) -> Graph:

@@ -13,10 +13,15 @@ def find_attention(graph: Graph) -> Found[Attention]:
     Raises MatchError where the graph has none.
     """
     found: Found[Attention] = Found([])
-    for index, node in enumerate(graph.calls(torch.ops.keysieve.attention.default)):
+    calls = graph.calls(torch.ops.keysieve.attention.default)
+    numbers = [int(node.args[-1]) for node in calls]  # type: ignore[arg-type]
+    if min(numbers, default=0) < 0 or len(set(numbers)) < len(numbers):
+        numbers = list(range(len(calls)))
+    for index, (number, node) in enumerate(zip(numbers, calls, strict=True)):
         query, key, value, sinks, scale, window, softcap, _ = node.args
         attention = Attention(
             layer=index,
+            number=number,
             node=node,
             query=query,  # type: ignore[arg-type]
             key=key,  # type: ignore[arg-type]
@@ -28,7 +33,7 @@ def find_attention(graph: Graph) -> Found[Attention]:
         )
         reason = _unsupported(attention)
         if reason:
-            found.misses.append(Miss(index, node.name, reason))
+            found.misses.append(Miss(number, node.name, reason))
         else:
             found.matches.append(attention)
     if not found.matches and not found.misses:

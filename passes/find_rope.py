@@ -23,6 +23,7 @@ from keysieve.passes.rope_form import RopeForm
 
 # Position 0 gives the scaling, 1 the frequencies; the others verify that angles grow linearly with the position.
 PROBE_POSITIONS = (0, 1, 2, 17, 1000)
+FAR = 1 << 24  # a position that no model was made for: frequencies that change with the length have changed there
 TOLERANCE = 1e-6
 PROJECTIONS = {
     torch.ops.aten.linear.default,
@@ -56,7 +57,7 @@ def find_rope(graph: Graph, attentions: list[Attention]) -> Found[RopeAttention]
             key_pre, key_form = _trace(graph, attention.key, data, positional, probed)
             _same_form(attention, query_form, key_form)
         except _NoRope as miss:
-            found.misses.append(Miss(attention.layer, miss.node.name, miss.reason))
+            found.misses.append(Miss(attention.number, miss.node.name, miss.reason))
             continue
         found.matches.append(RopeAttention(attention, query_pre, key_pre, query_form))
     return found
@@ -126,7 +127,8 @@ def probe(graph: Graph, pre: Node, post: Node) -> RopeForm:
     The subgraph is linear in `pre`, so its values on the D unit vectors are the matrix M(p) of each position p. It is
     RoPE if M(0) = s I on the rotated dims, and M(p) turns every pair of dims by p * inv_freq.
     """
-    matrices = _rotation_matrices(graph, pre, post)  # [P, D, D]: M(p)[out, in]
+    matrices = _rotation_matrices(graph, pre, post, PROBE_POSITIONS)  # [P, D, D]: M(p)[out, in]
+    _check_length(graph, pre, post, matrices)
     head_dim = matrices.shape[-1]
     at_zero, at_one = matrices[0], matrices[1]
     scaling = float(at_zero[0, 0])
@@ -177,15 +179,39 @@ def _rotary_dim(at_one: np.ndarray, moved: np.ndarray, pre: Node) -> int:
     return count
 
 
-def _rotation_matrices(graph: Graph, pre: Node, post: Node) -> np.ndarray:
-    """[P, D, D] float64: the linear map from pre to post at every probe position, the same for every head.
+def _check_length(graph: Graph, pre: Node, post: Node, matrices: np.ndarray) -> None:
+    """Raise _NoRope where the rotation of a token changes when a later one is there, naming the length.
+
+    Keys that are cached would no longer fit: they were rotated when the text was shorter.
+    """
+
+    def changed(longest: int) -> bool:
+        found = _rotation_matrices(graph, pre, post, (*PROBE_POSITIONS, longest))[:-1]
+        return bool(np.abs(found - matrices).max() > TOLERANCE)
+
+    try:
+        if not changed(FAR):
+            return
+    except _NoRope:
+        return  # a table ends before; its rows do not depend on each other
+    fits, too_long = max(PROBE_POSITIONS), FAR
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        fits, too_long = (fits, middle) if changed(middle) else (middle, too_long)
+    raise _NoRope(
+        pre, f"its frequencies change with the length, from {too_long + 1:,} tokens on (longrope or dynamic NTK)"
+    )
+
+
+def _rotation_matrices(graph: Graph, pre: Node, post: Node, probed: tuple[int, ...]) -> np.ndarray:
+    """[P, D, D] float64: the linear map from pre to post at every position probed, the same for every head.
 
     One more batch row holds random vectors, which only that map, applied to every head and position alone, explains.
     """
     batch, sequence = (str(size) for size in graph.shape(graph.inputs["input_ids"]))
     shape = [str(size) for size in graph.shape(pre)]
     post_shape = graph.shape(post)
-    head_dim, positions = int(post_shape[-1]), len(PROBE_POSITIONS)
+    head_dim, positions = int(post_shape[-1]), len(probed)
     heads = int(post_shape[1])
     if len(shape) != 4 or shape[-1] != str(head_dim) or {batch, sequence} - set(shape) or str(heads) not in shape:
         raise _NoRope(pre, f"pre-RoPE tensor has shape {shape}, not batch, sequence, {heads} heads and {head_dim} dims")
@@ -196,7 +222,7 @@ def _rotation_matrices(graph: Graph, pre: Node, post: Node) -> np.ndarray:
     given = {
         pre: torch.cat((unit, mixed)).permute(axes),  # [D+1,H,P,D] in the layout of pre
         graph.inputs["input_ids"]: torch.zeros(head_dim + 1, positions, dtype=torch.long),
-        graph.inputs["position_ids"]: torch.tensor(PROBE_POSITIONS).expand(head_dim + 1, positions),
+        graph.inputs["position_ids"]: torch.tensor(probed).expand(head_dim + 1, positions),
     }
     try:
         result = graph.evaluate(post, given)

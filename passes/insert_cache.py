@@ -102,6 +102,6 @@ def _check_equal_shapes(attentions: list[Attention]) -> None:
         for what in ("query_heads", "kv_heads", "head_dim", "value_dim"):
             if getattr(first, what) != getattr(other, what):
                 raise MatchError(
-                    f"layer {other.layer} has {what} {getattr(other, what)}, layer {first.layer} has "
+                    f"layer {other.number} has {what} {getattr(other, what)}, layer {first.number} has "
                     f"{getattr(first, what)}: layers of different shapes are not supported yet"
                 )

@@ -24,9 +24,13 @@ class Miss:
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention node: query [B,Hq,S,D], key and value [B,Hkv,S,D]; window and softcap are 0 when absent."""
+    """One attention node: query [B,Hq,S,D], key and value [B,Hkv,S,D]; window and softcap are 0 when absent.
+
+    layer counts the attentions from 0; number is the model's own number of the layer, where not all have attention.
+    """
 
     layer: int
+    number: int
     node: Node
     query: Node
     key: Node

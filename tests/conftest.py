@@ -16,6 +16,14 @@ MODEL = Path(__file__).parents[1] / "build" / "model" / "SmolLM2-135M-Instruct"
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
+SLOWEST = ("test_smollm2.py", "test_session.py", "test_engine.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest files go first, so that two processes end at about the same time."""
+    items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:
     torch.manual_seed(0)
