@@ -59,7 +59,10 @@ def inspect(
         return _bundle_report(Path(source))
     progress = progress or Progress()
     model = load_skeleton(source, dtype)
-    return report_of(model, find(model, progress, only_to_find=True), eviction or EvictionConfig(), dtype)
+    matched = find(model, progress, only_to_find=True)
+    if matched.misses:  # perhaps only because the code of a model writes the fixed sizes into its shapes
+        matched = find(model, progress)
+    return report_of(model, matched, eviction or EvictionConfig(), dtype)
 
 
 def report_of(model: "PreTrainedModel", matched: Matched, eviction: EvictionConfig, dtype: str) -> Report:

@@ -101,15 +101,17 @@ def _translate(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's own progress and its warnings about packages nobody needs here off the terminal."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _translations(layers: int, inline: bool) -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -177,7 +179,27 @@ def _translations(layers: int, inline: bool) -> dict[Callable[..., Any], Callabl
         ops.update.default: keysieve_update,
         ops.score.default: keysieve_score,
         ops.select.default: keysieve_select,
+        **_mixture_of_experts(),
     }
+
+
+def _mixture_of_experts() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """The grouped product in which transformers runs experts; ONNX has none, so each expert multiplies its rows."""
+
+    def grouped_matmul(rows: Any, weight: Any, ends: Any) -> Any:
+        """rows [N,I] in the order of experts, weight [E,I,O], ends [E]: where each one's rows end -> [N,O]."""
+        first_axis = op.Constant(value_ints=[0])
+        ends = op.Cast(ends, to=ir.DataType.INT64)
+        start, parts = first_axis, []
+        for expert in range(weight.shape[0]):
+            end = op.Gather(ends, op.Constant(value_ints=[expert]))
+            matrix = op.Gather(weight, op.Constant(value_int=expert))
+            parts.append(op.MatMul(op.Slice(rows, start, end, first_axis), matrix))
+            start = end
+        return op.Concat(*parts, axis=0)
+
+    library = torch.ops.transformers  # registered by transformers with the models that use it
+    return {library.grouped_mm_fallback.default: grouped_matmul} if hasattr(library, "grouped_mm_fallback") else {}
 
 
 def _plugin_op(node: PluginNode, layers: int) -> values.Op:

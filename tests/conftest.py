@@ -16,7 +16,7 @@ MODEL = Path(__file__).parents[1] / "build" / "model" / "SmolLM2-135M-Instruct"
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
-SLOWEST = ("test_smollm2.py", "test_session.py", "test_engine.py")
+SLOWEST = ("test_smollm2.py", "test_session.py", "test_families.py", "test_engine.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

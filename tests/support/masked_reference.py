@@ -155,7 +155,9 @@ def layer_ropes(model: PreTrainedModel, pairing: str | None = None) -> list[Laye
 
     def turns(count: int) -> np.ndarray:
         cos, sin = rotary(torch.zeros(1), torch.arange(count)[None])
-        return (cos[0, :, first].double() + 1j * sin[0, :, first].double()).numpy()
+        # A model's table has every band twice (one half after the other, or side by side), or once.
+        column = second if pairing == "interleaved" and bool((cos[..., 0] == cos[..., 1]).all()) else bands
+        return (cos[0, :, column].double() + 1j * sin[0, :, column].double()).numpy()
 
     none = np.array([], dtype=int)
     frequency = rotary.inv_freq.double().numpy()

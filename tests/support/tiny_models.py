@@ -41,7 +41,7 @@ TEXT = (
 )
 
 
-def _shape(**changes: Any) -> dict[str, Any]:
+def shape(**changes: Any) -> dict[str, Any]:
     """The options that all config classes share."""
     options: dict[str, Any] = {
         "vocab_size": VOCABULARY,
@@ -59,7 +59,7 @@ def _shape(**changes: Any) -> dict[str, Any]:
 
 
 def _llama(**changes: Any) -> PreTrainedModel:
-    return LlamaForCausalLM(LlamaConfig(**_shape(**({"num_key_value_heads": 2} | changes))))
+    return LlamaForCausalLM(LlamaConfig(**shape(**({"num_key_value_heads": 2} | changes))))
 
 
 def _rope(kind: str = "default", theta: float = 10000.0, **options: Any) -> dict[str, Any]:
@@ -80,11 +80,11 @@ _BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
         num_hidden_layers=2,
     ),
     "llama_yarn": lambda: _llama(rope_parameters=_YARN),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_shape(num_key_value_heads=2, head_dim=32))),
-    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**_shape(rope_parameters=_rope(partial_rotary_factor=0.5)))),
-    "cohere": lambda: CohereForCausalLM(CohereConfig(**_shape(num_key_value_heads=2, logit_scale=0.75))),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**shape(num_key_value_heads=2, head_dim=32))),
+    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**shape(rope_parameters=_rope(partial_rotary_factor=0.5)))),
+    "cohere": lambda: CohereForCausalLM(CohereConfig(**shape(num_key_value_heads=2, logit_scale=0.75))),
     "smollm3": lambda: SmolLM3ForCausalLM(
-        SmolLM3Config(**_shape(num_key_value_heads=2, num_hidden_layers=4, no_rope_layers=[1, 0, 1, 0]))
+        SmolLM3Config(**shape(num_key_value_heads=2, num_hidden_layers=4, no_rope_layers=[1, 0, 1, 0]))
     ),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(
@@ -99,7 +99,7 @@ _BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
             eos_token_id=EOS,
         )
     ),
-    "bert": lambda: BertForMaskedLM(BertConfig(**_shape(num_hidden_layers=2))),
+    "bert": lambda: BertForMaskedLM(BertConfig(**shape(num_hidden_layers=2))),
 }
 
 DECODERS = (
@@ -118,10 +118,15 @@ NEGATIVES = ("gpt2", "bert")
 
 def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
     """A model of DECODERS or NEGATIVES in eval mode, the same weights in every call with the same seed."""
+    return seeded(_BUILDERS[name], seed)
+
+
+def seeded(build: Callable[[], PreTrainedModel], seed: int = 0) -> PreTrainedModel:
+    """What `build` makes, in eval mode, with weights that depend on the seed alone and under which mistakes show."""
     state = torch.get_rng_state()
     try:
         torch.manual_seed(seed)
-        model = _BUILDERS[name]().float().eval()
+        model = build().float().eval()
         _make_interesting(model)
     finally:
         torch.set_rng_state(state)
@@ -167,7 +172,12 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def save_tiny(name: str, folder: str | Path, tokenizer: bool = True) -> Path:
     """Write tiny_model(name), with a tokenizer unless told otherwise, as a folder usable as MODEL."""
-    tiny_model(name).save_pretrained(folder)
+    return save_model(tiny_model(name), folder, tokenizer)
+
+
+def save_model(model: PreTrainedModel, folder: str | Path, tokenizer: bool = True) -> Path:
+    """Write a tiny model as such a folder."""
+    model.save_pretrained(folder)
     if tokenizer:
         tiny_tokenizer().save_pretrained(folder)
     return Path(folder)

@@ -1,0 +1,74 @@
+"""Many architectures, the whole way: compiled and run against HuggingFace and the masked reference, or refused."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from keysieve.compiler.compile import compile
+from keysieve.compiler.config import CompileConfig, EvictionConfig, PolicyConfig
+from keysieve.compiler.engine import load
+from keysieve.compiler.pipeline import find
+from keysieve.compiler.progress import Progress
+from keysieve.compiler.session import Session
+from keysieve.errors import MatchError
+from support.families import COMPILED, REFUSED, family_model
+from support.masked_reference import MaskedReference
+from support.tiny_models import VOCABULARY, save_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EVICTION = EvictionConfig(PolicyConfig(centres="online"), budget=48, interval=16, sinks=2, recent=8)
+QUIET = Progress(quiet=True)
+PROMPT, MORE, CHUNK = 40, 80, 16
+TOKENS = torch.randint(3, VOCABULARY, (PROMPT + MORE,), generator=torch.Generator().manual_seed(7)).tolist()
+
+
+def steps() -> list[list[int]]:
+    """The prompt in chunks, the partial one first, then one token a step."""
+    first = PROMPT % CHUNK
+    cuts = [0, first, *range(first + CHUNK, PROMPT + 1, CHUNK)]
+    return [TOKENS[a:b] for a, b in pairwise(cuts)] + [[token] for token in TOKENS[PROMPT:]]
+
+
+def logits_of(session: Session) -> np.ndarray:
+    """Logits [N,V] of all tokens, fed in `steps`."""
+    parts = steps()
+    found = []
+    for part, following in zip(parts, [*parts[1:], [0]], strict=True):
+        ids, count = np.array([part]), np.array([len(part)], np.int32)
+        found.append(session.step(ids, count, np.arange(len(part))[None], len(following))[0].copy())
+    return np.concatenate(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_whole(name: str, tmp_path: Path) -> None:
+    model, pairing = family_model(name), COMPILED[name][1]
+    compile(save_model(model, tmp_path / "model"), tmp_path / "bundle", CompileConfig(EVICTION), QUIET)
+    engine = load(tmp_path / "bundle", threads=1)
+    with torch.no_grad():
+        wanted = model(input_ids=torch.tensor([TOKENS]), use_cache=False).logits[0].numpy()
+    found = logits_of(engine.session(dense=True, capacity=len(TOKENS)))
+    np.testing.assert_allclose(found, wanted, atol=2e-4, rtol=0)
+    assert (found.argmax(-1) == wanted.argmax(-1)).all()
+
+    session = engine.session(capacity=EVICTION.budget + EVICTION.interval + CHUNK)
+    found = logits_of(session)
+    assert session.counters.rounds[0] >= 3
+    if pairing:
+        reference = MaskedReference(model, None, EVICTION, pairing=pairing)
+        expected = [*reference.prefill([TOKENS[:PROMPT]], CHUNK), *reference.decode([TOKENS[PROMPT:]])]
+        np.testing.assert_allclose(found, torch.cat(expected).numpy(), atol=1e-3, rtol=0)
+        assert session.counters.rounds == reference.rounds
+    else:
+        evicted = EVICTION.budget + EVICTION.interval
+        assert np.abs(found[evicted:] - wanted[evicted:]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_the_reason(name: str) -> None:
+    with pytest.raises(MatchError, match=REFUSED[name][1]):
+        find(family_model(name), QUIET).require_all()
