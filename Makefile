@@ -1,4 +1,4 @@
-# `make demo` and `make test` need python3 (3.11 or newer), make and access to a package registry; all else is fetched.
+# `make demo` and `make test` need python3 (3.11 or newer), make, access to a package registry, and the tests a C++ compiler.
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
