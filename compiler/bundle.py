@@ -66,6 +66,7 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     files = {}
     for file in sorted(folder.rglob("*")):
         if file.is_file():
+            file.chmod(file.stat().st_mode | 0o444)  # safetensors writes for the owner alone
             files[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": hash_file(file)}
     text = json.dumps({"format": FORMAT, **content, "files": files}, indent=1)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")

@@ -69,6 +69,13 @@ def test_the_graph_carries_its_own_description(root: Path) -> None:
     assert sum(node.op_type == "KeySieveUpdate" for node in model.graph.node) == 3
 
 
+def test_every_file_may_be_read_by_all(root: Path) -> None:
+    online = replace(SMALL, policy=PolicyConfig(centres="online"))
+    files = [file for file in tiny_bundle("llama", online, root).iterdir() if file.is_file()]
+    assert "state.safetensors" in {file.name for file in files}
+    assert all(file.stat().st_mode & 0o444 == 0o444 for file in files)
+
+
 # -- dry run and graph dumps -------------------------------------------------------------------------------------------
 
 
