@@ -29,7 +29,7 @@ help:
 	echo "make test       lint and all tests, the slow ones on the real model included"
 	echo "make test-fast  the tests that take seconds and need neither the real model nor a GPU"
 	echo "make lint       ruff and mypy"
-	echo "make bench      what needs no GPU of benchmarks/, after `make demo` (BENCH=FILE picks one, BENCH_ARGS='...' goes to it)"
+	echo "make bench      what needs no GPU of benchmarks/, after make demo (BENCH=FILE picks one, BENCH_ARGS='...' goes to it)"
 	echo "make venv       the virtual environment in $(VENV)"
 	echo "make model      the model of demo and tests in $(MODEL)"
 	echo "make clean      remove everything that was built (CLEAN_VENV=1: the virtual environment too)"

@@ -85,6 +85,13 @@ def test_rooms_import_one_way(room: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_make_help_only_prints() -> None:
+    """A backtick in an echo would run what it quotes."""
+    result = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=30)
+    lines = result.stdout.splitlines()
+    assert lines and all(line.startswith("make ") for line in lines) and result.stderr == ""
+
+
 def imported_modules(file: Path) -> list[tuple[int, str]]:
     """Line and absolute name of all that a file imports, inside functions too; relative ones are refused."""
     found = []
