@@ -11,6 +11,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from keysieve.plugins.tensorrt.build import COMPILERS
 from keysieve.version import __version__
 
 # name shown -> distributions that may provide it
@@ -27,7 +28,6 @@ PACKAGES = {
     "triton": ("triton",),
 }
 COMPILER = ("torch", "transformers", "onnx", "onnxscript")
-CXX = ("g++", "c++", "clang++")
 
 
 def doctor() -> dict[str, Any]:
@@ -38,7 +38,7 @@ def doctor() -> dict[str, Any]:
     and why not.
     """
     packages = {name: _installed(distributions) for name, distributions in PACKAGES.items()}
-    cxx, gpus = next(filter(shutil.which, CXX), None), _gpus()
+    cxx, gpus = next(filter(shutil.which, COMPILERS), None), _gpus()
     return {
         "keysieve": __version__,
         "python": platform.python_version(),
@@ -65,7 +65,7 @@ def targets(
         _missing(names, packages, needed)
         for names in (COMPILER, ("onnxruntime",), ("openvino",), ("triton",), ("tensorrt_rtx",), ("tensorrt",))
     )
-    compile_kernels = (compiler, triton, "" if cxx else f"no C++ compiler on PATH ({', '.join(CXX)})")
+    compile_kernels = (compiler, triton, "" if cxx else f"no C++ compiler on PATH ({', '.join(COMPILERS)})")
     no_gpu = "" if gpu else "running needs an NVIDIA GPU"
     return [
         _target("onnx", (compiler,), (runtime and openvino and f"no runtime: {runtime}; {openvino}",)),

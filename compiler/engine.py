@@ -169,15 +169,8 @@ class Engine:
                 )
             )
         self._runtime.check(len(ids), capacity, chunk)
-        session = Session(
-            self._runtime,
-            self.manifest,
-            len(ids),
-            capacity,
-            None if dense else budgets.tolist(),
-            [sequence.pinned for sequence in sequences],
-            self._initial,
-        )
+        pinned = [sequence.pinned for sequence in sequences]
+        session = self.session(len(ids), budgets.tolist(), capacity, dense, pinned)
         sampler = Sampler(Sampling(temperature, top_p, top_k, seed), len(ids))
         stops = set(self.manifest.get("stop_tokens", []) if stop_tokens is None else stop_tokens)
         return sequences, self._run(session, sequences, sampler, stops, max_new_tokens, chunk)
@@ -327,14 +320,9 @@ def load(path: Path | str, threads: int | None = None, device: str = "cpu") -> E
         from keysieve.compiler.runtimes.tensorrt import PlanRuntime
 
         return Engine(bundle, PlanRuntime(bundle))
-    from keysieve.compiler.runtimes.onnxruntime import DTYPES, OnnxRuntime
+    from keysieve.compiler.runtimes.onnxruntime import OnnxRuntime
 
-    if bundle.manifest["dtype"] not in DTYPES:
-        raise EngineError(
-            f"{bundle.path}: ONNX Runtime on a CPU has no kernels for {bundle.manifest['dtype']}; "
-            "compile with --dtype float32 or float16 to run here"
-        )
-    return Engine(bundle, OnnxRuntime(bundle.model, threads))
+    return Engine(bundle, OnnxRuntime(bundle, threads))
 
 
 def _load_tokenizer(path: Path) -> Any:

@@ -32,7 +32,11 @@ class Matched:
     attentions: list[Attention]
     ropes: list[RopeAttention]
     misses: list[Miss]
-    layers: int
+
+    @property
+    def layers(self) -> int:
+        """How many layers there are, matched or not."""
+        return len(self.ropes) + len(self.misses)
 
     def require_all(self) -> list[RopeAttention]:
         """The matches, or a MatchError that lists every layer that did not match."""
@@ -64,12 +68,10 @@ def find(
         attentions = find_attention(graph)
         ropes = find_rope(graph, attentions.matches)
         misses = lowered + attentions.misses + ropes.misses
-        layers = len(attentions.matches) + len(attentions.misses) + len(lowered)
-        without = _without_attention(model, [a.number for a in attentions.matches] + [m.layer for m in misses])
-        misses += without
-        layers += len(without)
-        stage.note(f"{len(ropes.matches)} of {layers} layers")
-    return Matched(graph, attentions.matches, ropes.matches, misses, layers)
+        misses += _without_attention(model, [a.number for a in attentions.matches] + [m.layer for m in misses])
+        matched = Matched(graph, attentions.matches, ropes.matches, misses)
+        stage.note(f"{len(ropes.matches)} of {matched.layers} layers")
+    return matched
 
 
 def _without_attention(model: "PreTrainedModel", found: list[int]) -> list[Miss]:

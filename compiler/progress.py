@@ -38,19 +38,12 @@ class Progress:
 
     def track(self, items: Iterable[Item], total: int, unit: str = "", step: int = 1) -> Iterator[Item]:
         """Pass `items` on, each worth `step` of `total`; draws a bar only if the stream is a terminal."""
-        if not self.stream.isatty():
-            yield from items
-            return
-        done, drawn = 0, float("-inf")
-        try:
+        done = 0
+        with self.bar() as report:
             for item in items:
                 yield item
                 done = min(done + step, total)
-                if time.perf_counter() - drawn >= BAR_SECONDS:
-                    self._write(f"\r{self._bar(done, total)} {done:,}/{total:,} {unit}")
-                    drawn = time.perf_counter()
-        finally:
-            self._write("\r\x1b[K")  # back to the line's start, and erase it
+                report(unit, done, total)
 
     @contextmanager
     def bar(self) -> Iterator[Callable[[str, int, int], None]]:
@@ -67,7 +60,7 @@ class Progress:
             yield report
         finally:
             if self.stream.isatty():
-                self._write("\r\x1b[K")
+                self._write("\r\x1b[K")  # back to the line's start, and erase it
 
     @staticmethod
     def _bar(done: int, total: int) -> str:

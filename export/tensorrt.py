@@ -20,6 +20,7 @@ import onnx
 import onnx_ir as ir
 
 from keysieve.errors import ExportError
+from keysieve.kernels.triton.aot import machine_code_runs
 from keysieve.kernels.triton.configuration import MAX_CAPACITY
 from keysieve.plugins.contract import DOMAIN, NODES, UPDATE
 
@@ -250,17 +251,14 @@ def check_library(library: Path, architectures: Sequence[int]) -> dict[str, Any]
             "with `keysieve plugin build`"
         )
     for architecture in architectures:
-        cubin = any(_cubin_runs(built, architecture, built in described["exact"]) for built in described["cubins"])
+        cubins = [built for built in described["cubins"] if built == architecture or built not in described["exact"]]
+        cubin = any(machine_code_runs(built, architecture) for built in cubins)
         if not cubin and not any(built <= architecture for built in described["ptx"]):
             raise ExportError(
                 f"plugin library {library} has kernels for sm_{', sm_'.join(map(str, described['cubins']))} and no PTX "
                 f"that sm_{architecture} can run; build it again with `--arch {architecture}`"
             )
     return described
-
-
-def _cubin_runs(built: int, architecture: int, exact: bool) -> bool:
-    return built == architecture if exact else built // 10 == architecture // 10 and built <= architecture
 
 
 def _build(

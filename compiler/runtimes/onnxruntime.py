@@ -1,11 +1,11 @@
 """ONNX Runtime on a CPU: runs every bundle's model.onnx, with buffers that are numpy arrays."""
 
 import gc
-from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
+from keysieve.compiler.bundle import Bundle
 from keysieve.errors import BundleError, EngineError
 
 DTYPES = ("float32", "float16")
@@ -52,12 +52,17 @@ class OnnxBinding:
 
 
 class OnnxRuntime:
-    """A Runtime for the ONNX file `model`. threads: intra-op threads (None: all cores).
+    """A Runtime for a bundle's ONNX file. threads: intra-op threads (None: all cores).
 
-    Raises BundleError where ONNX Runtime cannot load the file.
+    Raises EngineError for a dtype that it cannot run, BundleError where ONNX Runtime cannot load the file.
     """
 
-    def __init__(self, model: Path, threads: int | None = None):
+    def __init__(self, bundle: Bundle, threads: int | None = None):
+        if bundle.manifest["dtype"] not in DTYPES:
+            raise EngineError(
+                f"{bundle.path}: ONNX Runtime on a CPU has no kernels for {bundle.manifest['dtype']}; "
+                "compile with --dtype float32 or float16 to run here"
+            )
         options = ort.SessionOptions()
         if threads is not None:
             if threads < 1:
@@ -65,9 +70,9 @@ class OnnxRuntime:
             options.intra_op_num_threads = threads
         options.log_severity_level = 3
         try:
-            self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(str(bundle.model), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's own exceptions share no public base
-            raise BundleError(f"{model}: ONNX Runtime cannot load it: {error}") from error
+            raise BundleError(f"{bundle.model}: ONNX Runtime cannot load it: {error}") from error
 
     def check(self, batch: int, capacity: int, chunk: int) -> None:
         """Every size is fine."""

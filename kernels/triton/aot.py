@@ -74,13 +74,18 @@ def build(
     check_triton()
     from keysieve.kernels.triton.variants import variants
 
-    folder = cache if cache is not None else default_cache()
+    folder = cache if cache is not None else default_cache("kernels")
     return [_cached(variant, arch, folder) for arch in architectures for variant in variants(model).values()]
 
 
-def default_cache() -> Path:
-    """`keysieve/kernels` in the user's cache folder, as the XDG convention has it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "keysieve" / "kernels"
+def default_cache(name: str) -> Path:
+    """`keysieve/{name}` in the user's cache folder, as the XDG convention has it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "keysieve" / name
+
+
+def machine_code_runs(built: int, architecture: int) -> bool:
+    """Whether machine code for `built` runs on `architecture`: one of its generation that is not older."""
+    return built // 10 == architecture // 10 and built <= architecture
 
 
 def machine_code_for(architecture: int) -> int:
@@ -88,7 +93,7 @@ def machine_code_for(architecture: int) -> int:
 
     Raises ConfigError where neither that nor the portable PTX is of use.
     """
-    same = [built for built in PTX_VERSIONS if built // 10 == architecture // 10 and built <= architecture]
+    same = [built for built in PTX_VERSIONS if machine_code_runs(built, architecture)]
     if same:
         return max(same)
     if architecture >= PORTABLE:

@@ -17,7 +17,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from keysieve.errors import ExportError
-from keysieve.kernels.triton.aot import PORTABLE, Artifact
+from keysieve.kernels.triton.aot import PORTABLE, Artifact, default_cache
 from keysieve.kernels.triton.configuration import KernelConfiguration
 from keysieve.plugins.contract import NODES
 from keysieve.version import __version__
@@ -30,6 +30,7 @@ PARAMETERS = {
     "select_plan": "scores stats length limit budget pinned ranks plan keep evicted batch capacity",
     "update": "key_new value_new length plan keep key value batch capacity tokens plan_layers layer",
 }
+COMPILERS = ("g++", "c++", "clang++")
 SCRATCH = ("global_scratch", "profile_scratch")
 FLAGS = (
     "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra", "-Werror",
@@ -74,7 +75,7 @@ def build_library(
     _check_artifacts(artifacts)
     images = _images(artifacts)
     compiler = compiler or find_compiler()
-    objects = _host_objects(compiler, _include_flags(tensorrt_include), cache or default_cache())
+    objects = _host_objects(compiler, _include_flags(tensorrt_include), cache or default_cache("tensorrt-plugin"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "generated.cpp").write_text(_generated(configuration, images, aliased))
@@ -120,15 +121,10 @@ def _images(artifacts: Sequence[Artifact]) -> list[_Image]:
 
 def find_compiler() -> str:
     """The first C++ compiler on PATH."""
-    for name in ("g++", "c++", "clang++"):
+    for name in COMPILERS:
         if found := shutil.which(name):
             return found
     raise ExportError("no C++ compiler on PATH (g++ or clang++); the plugin library is compiled on this machine")
-
-
-def default_cache() -> Path:
-    """The user's cache folder of keysieve."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "keysieve" / "tensorrt-plugin"
 
 
 def _include_flags(tensorrt_include: Path | None) -> list[str]:
