@@ -87,7 +87,8 @@ def test_rooms_import_one_way(room: str) -> None:
 
 def test_make_help_only_prints() -> None:
     """A backtick in an echo would run what it quotes."""
-    result = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=30)
+    command = ["make", "--no-print-directory", "help"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=30)
     lines = result.stdout.splitlines()
     assert lines and all(line.startswith("make ") for line in lines) and result.stderr == ""
 

@@ -99,12 +99,12 @@ def test_an_encoder_is_refused_at_capture():
 def test_require_all_lists_every_miss():
     found = matched("llama")
     window = find_attention(graph_of(ToyDecoder(no_rope, window=7))).misses
-    broken = type(found)(found.graph, found.attentions, found.ropes, window * 12, 12)
+    broken = type(found)(found.graph, found.attentions, found.ropes, window * 12)
     with pytest.raises(MatchError) as caught:
         broken.require_all()
     message = str(caught.value)
     assert message.startswith(
-        "12 of 12 attention layers cannot be rewritten:\n  layer 0, node attention: sliding window"
+        "12 of 15 attention layers cannot be rewritten:\n  layer 0, node attention: sliding window"
     )
     assert "and 2 more" in message and "keysieve inspect" in message
     assert found.require_all() is found.ropes
