@@ -1,6 +1,8 @@
 """Capture: a HuggingFace decoder becomes one torch.export graph with an explicit attention node per layer."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,12 +46,21 @@ def attention_function(
         key,
         value,
         sinks,
+        attention_mask,
         float(scaling if scaling is not None else query.shape[-1] ** -0.5),
         int(options.get("sliding_window") or 0),
+        0,
         float(options.get("softcap") or 0.0),
         -1 if layer is None else int(layer),
     )
     return result.transpose(1, 2).contiguous(), None
+
+
+def mask_function(*arguments: Any, **options: Any) -> torch.Tensor:
+    """The function transformers calls for masks: [B,1,S,S], never left out, so that find_attention can read it."""
+    from transformers.masking_utils import sdpa_mask
+
+    return sdpa_mask(*arguments, **{**options, "allow_is_causal_skip": False})
 
 
 class _Decoder(nn.Module):
@@ -70,9 +81,10 @@ def capture(model: "PreTrainedModel", implementation: str | None = None, only_to
     only_to_find: fixed sizes, which takes half the time and is enough to find RoPE, where "keysieve" works.
     Raises CaptureError with the exporter's own words when the model cannot be exported.
     """
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(ATTENTION_NAME, attention_function)
+    AttentionMaskInterface.register(ATTENTION_NAME, mask_function)
     wanted = [implementation] if implementation else IMPLEMENTATIONS
     reasons: list[str] = []
     previous = model.config._attn_implementation
@@ -99,7 +111,7 @@ def _export(model: "PreTrainedModel", dynamic: bool) -> ExportedProgram:
     position_ids = torch.arange(tokens).repeat(batch, 1)
     sizes = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} if dynamic else None
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), _unchanged(model):
             warnings.simplefilter("ignore", FutureWarning)  # torch's own, about pytrees
             return export(
                 _Decoder(model.eval()),
@@ -115,6 +127,20 @@ def _export(model: "PreTrainedModel", dynamic: bool) -> ExportedProgram:
             f"{type(model).__name__} could not be captured by torch.export: {first} "
             "(the model must be a decoder that runs with input_ids, position_ids and use_cache=False)"
         ) from error
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Undo what the model assigns to its modules in the block: an export leaves tensors without values."""
+    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
 
 def _tidy(graph: Graph) -> Graph:

@@ -23,7 +23,7 @@ from keysieve.plugins.onnx.body import OPSET
 from keysieve.plugins.onnx.functions import score_function, select_function, update_function
 
 TENSOR_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(int32)", "tensor(int64)"]
-DIMENSIONS = {"input_ids": ("batch", "tokens"), "logits_at": ("batch", "wanted"), "key_0": ("batch", None, "capacity")}
+DIMENSIONS = {"input_ids": ("batch", "tokens"), "logits_at": ("batch", "wanted")}
 
 
 def export_onnx(graph: Graph, path: Path, metadata: dict[str, str], inline: bool = False) -> None:
@@ -34,10 +34,11 @@ def export_onnx(graph: Graph, path: Path, metadata: dict[str, str], inline: bool
     """
     functions = _functions(graph)
     program = graph.program()
-    layers = sum(name.startswith("key_") for name in graph.inputs)
+    scored = [score.args[5] for score in graph.calls(torch.ops.keysieve.score.default)]
+    layers = sum(len(keys) for keys in scored)  # type: ignore[arg-type,misc]
     model = _translate(program, list(graph.inputs), list(graph.outputs), _translations(layers, inline))
     _simplify(model)
-    _name_dimensions(model)
+    _name_dimensions(model, {str(size.node.expr): name for name, size in graph.symbols.items()})
     model.metadata_props.update(metadata)
     model.producer_name = "keysieve"
     for function in functions:
@@ -55,8 +56,10 @@ def export_onnx(graph: Graph, path: Path, metadata: dict[str, str], inline: bool
 
 
 def _functions(graph: Graph) -> list[FunctionProto]:
-    """Bodies made from the arguments of the graph's own nodes."""
+    """Bodies made from the arguments of the graph's own nodes; a graph in which no layer evicts needs one."""
     ops = torch.ops.keysieve
+    if not graph.calls(ops.score.default):
+        return [update_function()]
     score, select = graph.calls(ops.score.default)[0], graph.calls(ops.select.default)[0]
     centre, keys = score.args[3], score.args[5]
     policy, query_heads, rotary_dim, interleaved = score.args[6:]
@@ -245,9 +248,8 @@ def _simplify(model: ir.Model) -> None:
         step(model)
 
 
-def _name_dimensions(model: ir.Model) -> None:
-    """Rename torch's dimension symbols to batch, tokens, capacity and wanted."""
-    names: dict[str, str] = {}
+def _name_dimensions(model: ir.Model, names: dict[str, str]) -> None:
+    """Rename torch's dimension symbols to batch, tokens, wanted, and those of the caches by `names`."""
     for value in model.graph.inputs:
         for size, name in zip(value.shape or (), DIMENSIONS.get(value.name or "", ()), strict=False):
             if name and isinstance(size, ir.SymbolicDim) and size.value:
