@@ -144,13 +144,14 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def _tidy(graph: Graph) -> Graph:
-    """Drop what only slows the passes down: metadata assertions, detach, casts to the same dtype."""
+    """Drop what only slows the passes down: metadata assertions, detach, dropout at rest, casts to the same dtype."""
     aten = torch.ops.aten
     for node in list(graph.fx.nodes):
         if node.op != "call_function":
             continue
         same = node.target is aten.to.dtype and node.meta["val"].dtype == node.args[0].meta["val"].dtype
-        if same or node.target in (aten.detach.default, aten.detach_.default, aten.alias.default):
+        idle = node.target is aten.dropout.default and not node.args[2]
+        if same or idle or node.target in (aten.detach.default, aten.detach_.default, aten.alias.default):
             node.replace_all_uses_with(node.args[0])
             graph.fx.erase_node(node)
         elif node.target is aten._assert_tensor_metadata.default:
