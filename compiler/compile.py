@@ -20,7 +20,13 @@ from keysieve.compiler.model import identity, load_model, load_skeleton, load_to
 from keysieve.compiler.pipeline import Matched, cache_layout, engine_graph, find, model_sizes, query_centres
 from keysieve.compiler.progress import Progress
 from keysieve.compiler.statistics import Statistics
-from keysieve.compiler.tensorrt import check_tensorrt, kernel_configuration, write_library, write_plans
+from keysieve.compiler.tensorrt import (
+    check_tensorrt,
+    kernel_configuration,
+    window_capacities,
+    write_library,
+    write_plans,
+)
 from keysieve.errors import BundleError, CaptureError
 from keysieve.export.onnx import export_onnx
 from keysieve.export.tensorrt import LIBRARY
@@ -68,7 +74,10 @@ def compile(
         initial = _initial_state(config, matched, statistics)
         graph = engine_graph(matched, config.eviction, statistics)
         stage.note(f"{len(graph.fx.nodes):,} nodes")
-    kernels = kernel_configuration(graph, config.dtype) if limits else None
+    kernels = None
+    if limits:
+        kernels = kernel_configuration(graph, config.dtype)
+        limits = replace(limits, windows=window_capacities(config, [window["size"] for window in caches["windows"]]))
     if config.dump_graphs:
         _dump(config.dump_graphs, "rewritten", graph)
     if dry_run:
