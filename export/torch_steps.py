@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.traceback import preserve_node_meta
 from torch.onnx._internal.exporter._core import _exported_program_to_onnx_program
-from torch.onnx._internal.exporter._fx_passes import decompose_with_registry
+from torch.onnx._internal.exporter._fx_passes import decompose_with_registry, remove_assertion_nodes
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.onnx._internal.fx.passes.type_promotion import (
     TypePromotionTable,
@@ -60,11 +60,14 @@ def _torchlib() -> ONNXRegistry:
 
 def _decomposed(program: ExportedProgram, registry: ONNXRegistry) -> ExportedProgram:
     """The program itself where every operation has a translation and writes to none of its inputs."""
+    remove_assertion_nodes(program.graph_module)
     operations = [node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
     if all(registry.is_registered(target) and not target._schema.is_mutable for target in operations):
         return program
     with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-        return decompose_with_registry(program, registry)
+        program = decompose_with_registry(program, registry)
+    remove_assertion_nodes(program.graph_module)
+    return program
 
 
 class _Promotion(_TypePromotionInterpreter):

@@ -15,9 +15,11 @@ import keysieve.export
 from keysieve.errors import ExportError
 from keysieve.export.translate import translate
 
+pytestmark = pytest.mark.slow
+
 
 class Mixed(nn.Module):
-    """Casts, mixed dtypes, a reshape and a dropout at rest; with `also`, an operation that torch has to decompose."""
+    """Casts, mixed dtypes and a reshape; with `also`, an operation that torch has to decompose."""
 
     def __init__(self, also):
         super().__init__()
@@ -25,7 +27,7 @@ class Mixed(nn.Module):
         self.linear = nn.Linear(6, 4, dtype=torch.float16)
 
     def forward(self, numbers, positions):  # [B,S,6] float16, [B,S] int32
-        hidden = nn.functional.dropout(torch.sqrt(self.linear(numbers).abs()), 0.5, training=False)
+        hidden = torch.sqrt(self.linear(numbers).abs())
         hidden = hidden.to(torch.float32).to(torch.float32) + positions.unsqueeze(-1) * 2
         heads = hidden.reshape(*hidden.shape[:2], 2, -1) / (positions[..., None, None] + 1)
         return self.also(heads), (positions >= 1).to("cpu", torch.int64).cumsum(1)
@@ -43,11 +45,15 @@ def unknown(tensor):
     return torch.special.bessel_j0(tensor)
 
 
-def program(also):
+def mixed(also):
     torch.manual_seed(0)
+    return Mixed(also).eval()
+
+
+def program(also):
     sizes = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     inputs = torch.rand(5, 7, 6, dtype=torch.float16), torch.zeros(5, 7, dtype=torch.int32)
-    return export(Mixed(also).eval(), inputs, dynamic_shapes=(sizes, sizes), strict=False)
+    return export(mixed(also), inputs, dynamic_shapes=(sizes, sizes), strict=False)
 
 
 def translated(also):
@@ -73,12 +79,15 @@ def results(model):
     return given, session.run(["heads", "steps"], given)
 
 
+def operators(model):
+    return Counter(node.op_type for node in model.graph if node.op_type not in ("Identity", "Constant"))
+
+
 @pytest.mark.parametrize("also", [nothing, in_place])
 def test_the_model_computes_what_torch_computes(also):
     given, found = results(translated(also))
-    torch.manual_seed(0)
     with torch.no_grad():
-        expected = Mixed(also).eval()(*map(torch.from_numpy, given.values()))
+        expected = mixed(also)(*map(torch.from_numpy, given.values()))
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.numpy().dtype
         np.testing.assert_allclose(one, other.numpy(), rtol=1e-3, atol=1e-3)
@@ -103,9 +112,7 @@ def test_short_and_long_way_agree(request):
     request.getfixturevalue("long_way")
     long = translated(nothing)
     assert "keysieve.export.torch_steps" in sys.modules and sys.modules["keysieve.export.torch_steps"] is None
-    assert Counter(node.op_type for node in short.graph if node.op_type not in ("Identity", "Cast")) == Counter(
-        node.op_type for node in long.graph if node.op_type not in ("Identity", "Cast")
-    )
+    assert operators(short) == operators(long)
     assert short.opset_imports == long.opset_imports
     assert [(v.name, v.dtype) for v in short.graph.outputs] == [(v.name, v.dtype) for v in long.graph.outputs]
     for one, other in zip(results(short)[1], results(long)[1], strict=True):
