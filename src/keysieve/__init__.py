@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from keysieve.compiler.doctor import doctor
     from keysieve.compiler.engine import load
     from keysieve.compiler.inspect import inspect
+    from keysieve.compiler.statistics_report import statistics_report
     from keysieve.errors import (
         BundleError,
         CaptureError,
@@ -36,6 +37,7 @@ __all__ = [
     "inspect",
     "compare",
     "doctor",
+    "statistics_report",
     # their options
     "PolicyConfig",
     "EvictionConfig",
@@ -58,6 +60,7 @@ _HOMES = {
     "inspect": "keysieve.compiler.inspect",
     "compare": "keysieve.compiler.compare",
     "doctor": "keysieve.compiler.doctor",
+    "statistics_report": "keysieve.compiler.statistics_report",
     "PolicyConfig": "keysieve.compiler.config",
     "EvictionConfig": "keysieve.compiler.config",
     "CompileConfig": "keysieve.compiler.config",
