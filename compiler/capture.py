@@ -1,6 +1,8 @@
 """Capture: a HuggingFace decoder becomes one torch.export graph with an explicit attention node per layer."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,7 +101,7 @@ def _export(model: "PreTrainedModel", dynamic: bool) -> ExportedProgram:
     position_ids = torch.arange(tokens).repeat(batch, 1)
     sizes = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} if dynamic else None
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), _masks_without_vmap(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's own, about pytrees
             return export(
                 _Decoder(model.eval()),
@@ -115,6 +117,25 @@ def _export(model: "PreTrainedModel", dynamic: bool) -> ExportedProgram:
             f"{type(model).__name__} could not be captured by torch.export: {first} "
             "(the model must be a decoder that runs with input_ids, position_ids and use_cache=False)"
         ) from error
+
+
+@contextmanager
+def _masks_without_vmap() -> Iterator[None]:
+    """Masks of a model's own are made by broadcasting: older transformers use vmap, which passes cannot evaluate."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as INTERFACE
+
+    before = {name: INTERFACE[name] for name in ("sdpa", "eager")}
+
+    def without(make: Any) -> Any:
+        return lambda *args, **options: make(*args, **{**options, "use_vmap": False})
+
+    try:
+        for name, make in before.items():
+            INTERFACE[name] = without(make)
+        yield
+    finally:
+        for name, make in before.items():
+            INTERFACE[name] = make
 
 
 def _tidy(graph: Graph) -> Graph:

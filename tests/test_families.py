@@ -14,7 +14,7 @@ from keysieve.compiler.pipeline import find
 from keysieve.compiler.progress import Progress
 from keysieve.compiler.session import Session
 from keysieve.errors import MatchError
-from support.families import COMPILED, REFUSED, family_model
+from support.families import COMPILED, REFUSED, family_model, pairing_of
 from support.masked_reference import MaskedReference
 from support.tiny_models import VOCABULARY, save_model
 
@@ -46,7 +46,7 @@ def logits_of(session: Session) -> np.ndarray:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_whole(name: str, tmp_path: Path) -> None:
-    model, pairing = family_model(name), COMPILED[name][1]
+    model, pairing = family_model(name), pairing_of(name)
     compile(save_model(model, tmp_path / "model"), tmp_path / "bundle", CompileConfig(EVICTION), QUIET)
     engine = load(tmp_path / "bundle", threads=1)
     with torch.no_grad():

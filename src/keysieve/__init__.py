@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from keysieve.compiler.doctor import doctor
     from keysieve.compiler.engine import load
     from keysieve.compiler.inspect import inspect
+    from keysieve.compiler.models import models
     from keysieve.errors import (
         BundleError,
         CaptureError,
@@ -34,6 +35,7 @@ __all__ = [
     "compile",
     "load",
     "inspect",
+    "models",
     "compare",
     "doctor",
     # their options
@@ -56,6 +58,7 @@ _HOMES = {
     "compile": "keysieve.compiler.compile",
     "load": "keysieve.compiler.engine",
     "inspect": "keysieve.compiler.inspect",
+    "models": "keysieve.compiler.models",
     "compare": "keysieve.compiler.compare",
     "doctor": "keysieve.compiler.doctor",
     "PolicyConfig": "keysieve.compiler.config",
