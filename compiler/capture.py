@@ -60,7 +60,7 @@ def mask_function(*arguments: Any, **options: Any) -> torch.Tensor:
     """The function transformers calls for masks: [B,1,S,S], never left out, so that find_attention can read it."""
     from transformers.masking_utils import sdpa_mask
 
-    return sdpa_mask(*arguments, **{**options, "allow_is_causal_skip": False})
+    return sdpa_mask(*arguments, **{**options, "allow_is_causal_skip": False, "use_vmap": False})
 
 
 class _Decoder(nn.Module):
@@ -111,7 +111,7 @@ def _export(model: "PreTrainedModel", dynamic: bool) -> ExportedProgram:
     position_ids = torch.arange(tokens).repeat(batch, 1)
     sizes = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} if dynamic else None
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _unchanged(model):
+        with torch.no_grad(), _unchanged(model), _masks_without_vmap(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's own, about pytrees
             return export(
                 _Decoder(model.eval()),
@@ -141,6 +141,25 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
             vars(module).update(attributes)
             module._buffers.clear()
             module._buffers.update(buffers)
+
+
+@contextmanager
+def _masks_without_vmap() -> Iterator[None]:
+    """Masks of a model's own are made by broadcasting: older transformers use vmap, which passes cannot evaluate."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as INTERFACE
+
+    before = {name: INTERFACE[name] for name in ("sdpa", "eager")}
+
+    def without(make: Any) -> Any:
+        return lambda *args, **options: make(*args, **{**options, "use_vmap": False})
+
+    try:
+        for name, make in before.items():
+            INTERFACE[name] = without(make)
+        yield
+    finally:
+        for name, make in before.items():
+            INTERFACE[name] = make
 
 
 def _tidy(graph: Graph) -> Graph:

@@ -63,12 +63,16 @@ def inspect(
     """Report on a bundle folder, or capture and match a model (its configuration is enough: no weights are read)."""
     if any((Path(source) / name).is_file() for name in (MANIFEST, MODEL)):
         return _bundle_report(Path(source))
-    progress = progress or Progress()
     model = load_skeleton(source, dtype)
+    return report_of(model, find_fast(model, progress or Progress()), eviction or EvictionConfig(), dtype)
+
+
+def find_fast(model: "PreTrainedModel", progress: Progress) -> Matched:
+    """What `find` finds, for less: with fixed sizes where that is enough. The graph is of no further use."""
     matched = find(model, progress, only_to_find=True)
     if matched.misses:  # perhaps only because the code of a model writes the fixed sizes into its shapes
         matched = find(model, progress)
-    return report_of(model, matched, eviction or EvictionConfig(), dtype)
+    return matched
 
 
 def report_of(model: "PreTrainedModel", matched: Matched, eviction: EvictionConfig, dtype: str) -> Report:

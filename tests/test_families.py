@@ -15,7 +15,7 @@ from keysieve.compiler.pipeline import find
 from keysieve.compiler.progress import Progress
 from keysieve.compiler.session import Session
 from keysieve.errors import MatchError
-from support.families import COMPILED, REFUSED, WINDOW, family_model
+from support.families import COMPILED, REFUSED, WINDOW, family_model, pairing_of
 from support.masked_reference import MaskedReference
 from support.tiny_models import VOCABULARY, save_model
 
@@ -47,7 +47,7 @@ def logits_of(session: Session) -> np.ndarray:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_whole(name: str, tmp_path: Path) -> None:
-    model, pairing = family_model(name), COMPILED[name][1]
+    model, pairing = family_model(name), pairing_of(name)
     # Without a rotation, there is no series in the distance to score with.
     eviction = replace(EVICTION, policy=PolicyConfig("key-norm")) if pairing == "nope" else EVICTION
     compile(save_model(model, tmp_path / "model"), tmp_path / "bundle", CompileConfig(eviction), QUIET)

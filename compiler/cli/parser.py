@@ -2,13 +2,14 @@
 
 from argparse import SUPPRESS, ArgumentParser
 
-from keysieve.compiler.cli import calibrate, compare, compile, doctor, inspect, plugin, run
+from keysieve.compiler.cli import calibrate, compare, compile, doctor, inspect, models, plugin, run
 from keysieve.version import __version__
 
 VERBS = {
     "calibrate": (calibrate, "measure where a model's queries point, on text"),
     "compile": (compile, "turn a model into an engine that evicts its own cache"),
     "inspect": (inspect, "show which layers match, or what a bundle holds"),
+    "models": (models, "show the architectures that were tested, and what came of it"),
     "run": (run, "generate text with a bundle"),
     "compare": (compare, "measure what eviction costs on text"),
     "plugin": (plugin, "build the TensorRT plugin library of a bundle"),

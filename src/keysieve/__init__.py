@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from keysieve.compiler.doctor import doctor
     from keysieve.compiler.engine import load
     from keysieve.compiler.inspect import inspect
+    from keysieve.compiler.models import models
     from keysieve.compiler.statistics_report import statistics_report
     from keysieve.errors import (
         BundleError,
@@ -35,6 +36,7 @@ __all__ = [
     "compile",
     "load",
     "inspect",
+    "models",
     "compare",
     "doctor",
     "statistics_report",
@@ -58,6 +60,7 @@ _HOMES = {
     "compile": "keysieve.compiler.compile",
     "load": "keysieve.compiler.engine",
     "inspect": "keysieve.compiler.inspect",
+    "models": "keysieve.compiler.models",
     "compare": "keysieve.compiler.compare",
     "doctor": "keysieve.compiler.doctor",
     "statistics_report": "keysieve.compiler.statistics_report",

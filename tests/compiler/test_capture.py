@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
 
 from keysieve.compiler.capture import capture
 from keysieve.compiler.model import load_skeleton
@@ -75,6 +77,16 @@ def test_other_implementations_lower_to_the_same(name, implementation):
     tokens, positions = torch.randint(3, 300, (2, 11)), torch.arange(11).repeat(2, 1)
     out = run(found.graph, {"input_ids": tokens, "position_ids": positions})
     torch.testing.assert_close(out["logits"], logits_of(name, tokens, positions), rtol=1e-5, atol=2e-5)
+
+
+def test_masks_of_a_models_own_are_made_without_vmap(monkeypatch):
+    """transformers makes them with vmap where a model adds a function of its own, as Falcon did."""
+    make, before = modeling_llama.create_causal_mask, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    own = {"and_mask_function": lambda *indices: torch.tensor(True)}
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", lambda **options: make(**options, **own))
+    found = find(tiny_model("llama"), QUIET, "sdpa")
+    assert not found.misses and found.layers == 3
+    assert ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is before
 
 
 def test_unknown_implementation_is_an_error():

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import transformers
+from packaging.version import Version
 from transformers import PreTrainedModel
 
-from support.tiny_models import EOS, POSITIONS, VOCABULARY, seeded, shape
+from support.tiny_models import BUILDERS, DECODERS, EOS, POSITIONS, VOCABULARY, seeded, shape
 
 GROUPED = {"num_key_value_heads": 2}
 HEADS_OF_16 = {**GROUPED, "head_dim": 16}
@@ -75,6 +76,7 @@ COMPILED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
         family("GptOss", **HEADS_OF_16, **MIXED, num_local_experts=4, num_experts_per_tok=2),
         "half_split",
     ),
+    **{name: (BUILDERS[name], "interleaved" if name == "cohere" else "half_split") for name in DECODERS},
 }
 
 REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
@@ -100,7 +102,18 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
         family("Lfm2", **GROUPED, num_hidden_layers=2, layer_types=["conv", "full_attention"]),
         r"layer 0, node -: no attention in this layer \(conv\)",
     ),
+    "gpt2": (BUILDERS["gpt2"], "none of the 2 attention layers has a rotary embedding"),
 }
+
+
+# The reference hooks in where a model calls transformers' AttentionInterface; these did not before these versions.
+HOOKED_FROM = {"nemotron": "5.15"}
+
+
+def pairing_of(name: str) -> str:
+    """COMPILED's pairing, "" where the masked reference cannot hook the model in this version of transformers."""
+    hooked = Version(transformers.__version__) >= Version(HOOKED_FROM.get(name, "5"))
+    return COMPILED[name][1] if hooked else ""
 
 
 def family_model(name: str) -> PreTrainedModel:

@@ -69,7 +69,7 @@ def _rope(kind: str = "default", theta: float = 10000.0, **options: Any) -> dict
 _LLAMA3 = _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=256)
 _YARN = _rope("yarn", factor=4.0, original_max_position_embeddings=POSITIONS // 4)  # scaling 1.1386
 
-_BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
+BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": _llama,
     "llama_mha": lambda: _llama(num_key_value_heads=4, num_hidden_layers=2),
     "llama_llama3": lambda: _llama(rope_parameters=_LLAMA3),
@@ -118,7 +118,7 @@ NEGATIVES = ("gpt2", "bert")
 
 def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
     """A model of DECODERS or NEGATIVES in eval mode, the same weights in every call with the same seed."""
-    return seeded(_BUILDERS[name], seed)
+    return seeded(BUILDERS[name], seed)
 
 
 def seeded(build: Callable[[], PreTrainedModel], seed: int = 0) -> PreTrainedModel:

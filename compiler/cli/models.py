@@ -1,0 +1,48 @@
+"""keysieve models: the architectures that were tested, and what came of it."""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from keysieve.compiler.cli.terminal import show, show_json, table
+
+if TYPE_CHECKING:
+    from keysieve.compiler.models import TestedModel
+
+OTHERS = "Models that are not listed are tried like these: `keysieve inspect MODEL` says which layers match."
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: Namespace) -> int:
+    from keysieve.compiler.models import models
+
+    tested = models()
+    if args.json:
+        show_json({"models": [model.to_json() for model in tested]})
+    else:
+        show(_text(tested))
+    return 0
+
+
+def _text(tested: Sequence["TestedModel"]) -> str:
+    rows = [("architecture", "status", "attention", "RoPE", "evicts", "transformers")]
+    reasons = []
+    for model in tested:
+        found = model.outcome
+        evicts = f"{found.evicts} of {found.layers} layers" if found.status == "pass" else "-"
+        rows.append(
+            (
+                found.architecture,
+                found.status,
+                found.attention or "-",
+                found.rope_form or "-",
+                evicts,
+                ", ".join(model.transformers),
+            )
+        )
+        if found.reason:
+            reasons.append((found.architecture, found.status, found.reason))
+    return "\n\n".join([table(rows), *([table(reasons)] if reasons else []), OTHERS])

@@ -1,0 +1,100 @@
+"""docs/extending.md, run: what the page adds is missed without it, and found with it."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from keysieve.passes import attention_forms
+from keysieve.passes.find_attention import find_attention
+from keysieve.passes.graph import Graph
+from keysieve.passes.lower_attention import lower_attention
+from support.graphs import graph_of, run
+from support.tiny_models import VOCABULARY
+
+PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
+
+
+def code(number: int) -> dict[str, Any]:
+    """The names that a code block of the page defines."""
+    names: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[number], names)
+    return names
+
+
+@pytest.fixture(autouse=True)
+def own_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a block registers is gone after the test."""
+    forms = {operator: list(readers) for operator, readers in attention_forms.FORMS.items()}
+    monkeypatch.setattr(attention_forms, "FORMS", forms)
+
+
+class Decoder(nn.Module):
+    """One layer with the page's attention; keys and values are repeated for their group, as models do it."""
+
+    def __init__(self, attention: Any):
+        super().__init__()
+        self.attention = attention
+        self.embedding, self.out = nn.Embedding(VOCABULARY, 32), nn.Linear(HEADS * HEAD_DIM, VOCABULARY)
+        self.query, self.key, self.value = (nn.Linear(32, n * HEAD_DIM) for n in (HEADS, KV_HEADS, KV_HEADS))
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(input_ids)
+        query, key, value = (
+            projection(hidden).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
+            for projection in (self.query, self.key, self.value)
+        )
+        key, value = (tensor.repeat_interleave(HEADS // KV_HEADS, 1) for tensor in (key, value))
+        return self.out(self.attention(query, key, value, position_ids).transpose(1, 2).flatten(2))
+
+
+def decoder_and_graph(attention: Any = None) -> tuple[Decoder, Graph]:
+    decoder = Decoder(attention or code(0)["attention"])
+    return decoder, graph_of(decoder)
+
+
+def test_without_the_form_the_attention_is_a_miss() -> None:
+    _, graph = decoder_and_graph()
+    (miss,) = lower_attention(graph)
+    assert miss.reason == "no known form of attention is written around this aten.softmax.int (docs/extending.md)"
+    assert miss.reason.split(" (")[0] in PAGE
+
+
+@torch.no_grad()
+def test_one_function_adds_the_form() -> None:
+    code(1)
+    decoder, graph = decoder_and_graph()
+    assert lower_attention(graph) == []
+    (attention,) = find_attention(graph).matches
+    assert (attention.query_heads, attention.kv_heads, attention.head_dim) == (HEADS, KV_HEADS, HEAD_DIM)
+    assert (attention.scale, attention.window, attention.softcap, attention.sinks) == (0.25, 0, 0, None)
+    given = {"input_ids": torch.randint(3, 300, (2, 11)), "position_ids": torch.arange(11).repeat(2, 1)}
+    torch.testing.assert_close(run(graph, given)["logits"], decoder(**given), rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_form_says_is_verified() -> None:
+    code(1)
+
+    def squared(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Written like the page's, but its values are squared on the way."""
+        return code(0)["attention"](query, key, value * value, positions)
+
+    def doubled(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        seen = positions[:, None, :, None] > positions[:, None, None, :]  # not itself
+        logits = torch.einsum("bhqd,bhkd->bhqk", query, key) * 0.25 + torch.where(seen, 0.0, -1e9)
+        return torch.einsum("bhqk,bhkd->bhqd", logits.softmax(-1), value)
+
+    def crossed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        seen = positions[:, None, :, None] >= positions[:, None, None, :]
+        logits = torch.einsum("bhqd,bhkd->bhqk", query, key) * 0.25 + torch.where(seen, 0.0, -1e9)
+        return torch.einsum("bhqk,bhqd->bhkd", logits.softmax(-1), value)
+
+    assert lower_attention(decoder_and_graph(squared)[1]) == []  # value * value is a value like any other
+    (miss,) = lower_attention(decoder_and_graph(doubled)[1])
+    assert "neither causal nor" in miss.reason
+    (miss,) = lower_attention(decoder_and_graph(crossed)[1])
+    assert miss.reason == "the result is not causal softmax attention of its query, key and value"
