@@ -8,6 +8,7 @@ keeps them elsewhere makes the import of this file fail, and translate goes the 
 """
 
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -61,6 +62,7 @@ def _torchlib() -> ONNXRegistry:
 def _decomposed(program: ExportedProgram, registry: ONNXRegistry) -> ExportedProgram:
     """The program itself where every operation has a translation and writes to none of its inputs."""
     remove_assertion_nodes(program.graph_module)
+    _write_to_nothing(program.graph)
     operations = [node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
     if all(registry.is_registered(target) and not target._schema.is_mutable for target in operations):
         return program
@@ -68,6 +70,39 @@ def _decomposed(program: ExportedProgram, registry: ONNXRegistry) -> ExportedPro
         program = decompose_with_registry(program, registry)
     remove_assertion_nodes(program.graph_module)
     return program
+
+
+def _write_to_nothing(graph: torch.fx.Graph) -> None:
+    """x.op_(y) becomes x = x.op(y) where x is a result of the graph that no view made before it looks at."""
+    for node in graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+            continue
+        packet, written = node.target.overloadpacket, node.args[0]
+        twin = getattr(getattr(torch.ops, node.target.namespace), packet.__name__.removesuffix("_"))
+        earlier = [user for user in written.users if user < node]
+        if twin is packet or not hasattr(twin, node.target._overloadname):
+            continue
+        if any(map(_is_view, [written, *earlier])) or not _keeps_dtype(node):
+            continue
+        node.target = getattr(twin, node.target._overloadname)
+        written.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: user > node)
+
+
+def _is_view(node: Node) -> bool:
+    """Whether it may share memory with its inputs."""
+    source = node.args[0] if node.target is operator.getitem else node
+    operation = source.target if isinstance(source, Node) else None
+    if not isinstance(operation, torch._ops.OpOverload):
+        return True
+    return any(result.alias_info is not None for result in operation._schema.returns)
+
+
+def _keeps_dtype(node: Node) -> bool:
+    """Whether all tensors but indices have the dtype of the first, so that the result has it without being cast."""
+    arguments = zip(node.target._schema.arguments, node.args, strict=False)  # type: ignore[union-attr]
+    tensors = [value for argument, value in arguments if not argument.name.startswith("ind")]
+    dtypes = {value.meta["val"].dtype for value in tensors if isinstance(value, Node) and "val" in value.meta}
+    return len(dtypes) == 1
 
 
 class _Promotion(_TypePromotionInterpreter):

@@ -82,7 +82,7 @@ class Graph:
             if node not in found and node not in stop:
                 found.add(node)
                 todo.extend(node.all_input_nodes)
-        return [n for n in self.fx.nodes if n in found]
+        return sorted(found)  # nodes compare by their place in the graph
 
     def evaluate(self, output: Node, given: Mapping[Node, torch.Tensor]) -> torch.Tensor:
         """Run the subgraph that leads to `output` in float64, with the given nodes replaced by real tensors."""

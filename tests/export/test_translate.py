@@ -38,7 +38,25 @@ def nothing(tensor):
 
 
 def in_place(tensor):
-    return tensor.clone().add_(1.0).square()
+    kept = tensor * 2
+    before = kept + 1
+    kept.add_(before)
+    return kept - before
+
+
+def through_a_view(tensor):
+    kept = tensor * 2
+    view = kept[..., 0]
+    kept.add_(1.0)
+    return view * kept[..., 1]
+
+
+def into_a_shorter_dtype(tensor):
+    return tensor.half().mul_(tensor)
+
+
+def composite(tensor):
+    return tensor.square()
 
 
 def unknown(tensor):
@@ -83,7 +101,7 @@ def operators(model):
     return Counter(node.op_type for node in model.graph if node.op_type not in ("Identity", "Constant"))
 
 
-@pytest.mark.parametrize("also", [nothing, in_place])
+@pytest.mark.parametrize("also", [nothing, in_place, through_a_view, into_a_shorter_dtype, composite])
 def test_the_model_computes_what_torch_computes(also):
     given, found = results(translated(also))
     with torch.no_grad():
@@ -93,7 +111,11 @@ def test_the_model_computes_what_torch_computes(also):
         np.testing.assert_allclose(one, other.numpy(), rtol=1e-3, atol=1e-3)
 
 
-def test_only_what_needs_it_is_decomposed(monkeypatch):
+@pytest.mark.parametrize(
+    ("also", "expected"),
+    [(nothing, 0), (in_place, 0), (through_a_view, 1), (into_a_shorter_dtype, 1), (composite, 1)],
+)
+def test_only_what_needs_it_is_decomposed(also, expected, monkeypatch):
     from keysieve.export import torch_steps
 
     seen = []
@@ -101,10 +123,8 @@ def test_only_what_needs_it_is_decomposed(monkeypatch):
     monkeypatch.setattr(
         torch_steps, "decompose_with_registry", lambda *arguments: seen.append(1) or decompose(*arguments)
     )
-    translated(nothing)
-    assert not seen
-    translated(in_place)
-    assert seen
+    translated(also)
+    assert len(seen) == expected
 
 
 def test_short_and_long_way_agree(request):
