@@ -63,10 +63,10 @@ def run(args: Namespace) -> int:
     try:
         from keysieve.compiler.calibrate import calibrate
         from keysieve.compiler.statistics_report import statistics_report, write_report
-        from keysieve.compiler.workers import Workers, process_group
+        from keysieve.compiler.workers import process_group
 
         quiet_transformers()
-        with process_group():
+        with process_group() as first:
             result = calibrate(
                 args.model,
                 output,
@@ -77,7 +77,6 @@ def run(args: Namespace) -> int:
                 batch_size=args.batch_size,
                 layer_by_layer=args.layer_by_layer,
             )
-            first = Workers().first
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_interrupted(output)) from None
     if not first:
