@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -441,7 +442,7 @@ class Threads:
         return workers
 
     def gather(self, rank: int, value: Any) -> list[Any]:
-        self.values[rank] = value
+        self.values[rank] = deepcopy(value)  # as if it had been sent
         self.barrier.wait()
         values = list(self.values)
         self.barrier.wait()
@@ -467,6 +468,9 @@ def test_workers_together_do_the_work_of_one(
     wanted = calibrate(mha, paths[0], [text], 2500, 256, QUIET, **options)
     passes = Interrupts(at=-1)
     threads = Threads(count)
+    loaded, tokenizer = module.load_model(mha), module.load_tokenizer(mha)  # loading is not made for threads
+    monkeypatch.setattr(module, "load_model", lambda _: loaded)
+    monkeypatch.setattr(module, "load_tokenizer", lambda _: tokenizer)
     monkeypatch.setattr(module, "Workers", threads)
     monkeypatch.setattr(module, "run_graph", passes)
     found = threads.run(count, lambda: calibrate(mha, paths[1], [text], 2500, 256, QUIET, **options))
