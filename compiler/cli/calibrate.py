@@ -1,5 +1,6 @@
 """keysieve calibrate MODEL -o FILE: the statistics of a model's queries."""
 
+import warnings
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from pathlib import Path
 from shlex import quote
@@ -67,6 +68,8 @@ def run(args: Namespace) -> int:
 
         quiet_transformers()
         with process_group() as first:
+            if not first:
+                warnings.simplefilter("ignore")  # one of the processes says them
             result = calibrate(
                 args.model,
                 output,
