@@ -479,6 +479,7 @@ def test_workers_together_do_the_work_of_one(
     assert passes.passes == {1: 10 - before // 256, 2: 2 + 3}[batch_size]  # no batch twice
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_file_as_one(mha: Path, text: Path, tmp_path: Path) -> None:
     """`torchrun -m keysieve.compiler.calibrate`, for real."""
     options = ["--text", str(text), "--max-tokens", "2600", "--batch-size", "1", "--report", str(tmp_path / "r.json")]

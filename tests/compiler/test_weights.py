@@ -135,3 +135,13 @@ def test_a_model_is_too_large_for_little_memory(whole: Path, monkeypatch: pytest
     assert (too_large(whole, 2) or "").startswith("it would take 0.0 GB of memory in each of 2 processes, and")
     monkeypatch.setattr(module, "free_memory", lambda: size)
     assert too_large(whole, 1)
+
+
+def test_a_container_has_less_memory_than_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "memory.max").write_text("5000000\n")
+    (tmp_path / "memory.current").write_text("3000000\n")
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 1000000\n")
+    monkeypatch.setattr(module, "_CONTAINERS", ((tmp_path, "memory.max", "memory.current", "inactive_file"),))
+    assert free_memory() == 3_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory() > 2**20

@@ -60,6 +60,7 @@ def test_one_alone_does_it_all() -> None:
         workers.on_first(fail)
 
 
+@pytest.mark.slow
 def test_two_processes_agree() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
