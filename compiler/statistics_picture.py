@@ -5,7 +5,7 @@ from xml.sax.saxutils import escape
 
 Row = tuple[str, Sequence[float], str, str]  # layer, values from 0 to 1 (one a band), R, drift
 
-LEFT, TOP, RIGHT, BOTTOM = 60, 80, 130, 60
+LEFT, TOP, RIGHT, BOTTOM = 60, 92, 130, 60
 CELL_HEIGHT = 14
 MAP_WIDTH = 512
 TICKS = 8  # labels along the bands, at most

@@ -1,6 +1,5 @@
 """Weights read from a model's safetensors files one at a time, for models that do not fit into memory."""
 
-import os
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -60,6 +59,16 @@ class Checkpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """The parameter or buffer of that name, in the shape and dtype that it has in the skeleton."""
+        return self._stored(name).to(self._empty[name].dtype)
+
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter once, sorted by name; of tied ones the name that the skeleton gives them.
+
+        In the dtype of the file, so that who looks at a few elements reads no more than these from the disk.
+        """
+        return ((name, self._stored(name)) for name, _ in sorted(self._skeleton.named_parameters()))
+
+    def _stored(self, name: str) -> torch.Tensor:
         source = self._source(name)
         if source is None:
             raise CaptureError(f"{self.model}: {name} is not in its safetensors files; {_WHOLE}")
@@ -70,11 +79,7 @@ class Checkpoint:
                 f"{self.model}: {name} is {list(tensor.shape)} in {self._files[source.entries[0][1]]} and "
                 f"{list(wanted.shape)} in the model; {_WHOLE}"
             )
-        return tensor.to(wanted.dtype)
-
-    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter once, sorted by name; of tied ones the name that the skeleton gives them."""
-        return ((name, self.read(name)) for name, _ in sorted(self._skeleton.named_parameters()))
+        return tensor
 
     def _find_sources(self) -> dict[str, _Source]:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -165,22 +170,21 @@ def weights_bytes(files: list[Path]) -> int:
 
 
 def free_memory() -> int:
-    """Bytes of memory that this process may still take: the machine's, or those of its container."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    for limit, used in _CONTAINER_LIMITS:
-        if limit.is_file() and limit.read_text().strip().isdecimal():
-            free = min(free, int(limit.read_text()) - int(used.read_text()))
+    """Bytes of memory that may still be taken on this machine, or in its container; files that are cached are free."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    for folder, limit, used, cached in _CONTAINERS:
+        if (folder / limit).is_file() and (folder / limit).read_text().strip().isdecimal():
+            taken = int((folder / used).read_text())
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            free = min(free, int((folder / limit).read_text()) - taken + int(statistics.get(cached, 0)))
     return free
 
 
-_CONTAINER = Path("/sys/fs/cgroup")
-_CONTAINER_LIMITS = (
-    (_CONTAINER / "memory.max", _CONTAINER / "memory.current"),
-    (_CONTAINER / "memory" / "memory.limit_in_bytes", _CONTAINER / "memory" / "memory.usage_in_bytes"),
+_CONTAINERS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
 

@@ -79,13 +79,16 @@ class Workers:
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
-    """Inside `torchrun`, the group of the processes that it started; elsewhere, nothing."""
+def process_group() -> Iterator[bool]:
+    """Inside `torchrun`, the group of the processes that it started; elsewhere, nothing.
+
+    Yields whether this process is the first one.
+    """
     if not (distributed.is_available() and distributed.is_torchelastic_launched()):
-        yield
+        yield True
         return
     distributed.init_process_group(backend="gloo")
     try:
-        yield
+        yield distributed.get_rank() == 0
     finally:
         distributed.destroy_process_group()

@@ -11,7 +11,7 @@ import torch
 from keysieve.compiler.compile import compile
 from keysieve.compiler.config import CompileConfig, EvictionConfig, PolicyConfig
 from keysieve.compiler.engine import load
-from keysieve.compiler.pipeline import find
+from keysieve.compiler.pipeline import engine_graph, find
 from keysieve.compiler.progress import Progress
 from keysieve.compiler.session import Session
 from keysieve.errors import MatchError
@@ -80,3 +80,12 @@ def test_compiled_whole(name: str, tmp_path: Path) -> None:
 def test_refused_with_the_reason(name: str) -> None:
     with pytest.raises(MatchError, match=REFUSED[name][1]):
         find(family_model(name), QUIET).require_all()
+
+
+def test_layers_that_evict_without_rope_want_another_policy() -> None:
+    matched = find(family_model("cohere2"), QUIET)
+    assert [rope.form.kind for rope in matched.ropes] == ["nope", "nope"] and matched.window_forms[
+        0
+    ].kind == "interleaved"
+    with pytest.raises(MatchError, match="choose --policy key-norm or streaming"):
+        engine_graph(matched, EVICTION, None)

@@ -1,5 +1,6 @@
 """keysieve calibrate MODEL -o FILE: the statistics of a model's queries."""
 
+import warnings
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from pathlib import Path
 from shlex import quote
@@ -63,10 +64,12 @@ def run(args: Namespace) -> int:
     try:
         from keysieve.compiler.calibrate import calibrate
         from keysieve.compiler.statistics_report import statistics_report, write_report
-        from keysieve.compiler.workers import Workers, process_group
+        from keysieve.compiler.workers import process_group
 
         quiet_transformers()
-        with process_group():
+        with process_group() as first:
+            if not first:
+                warnings.simplefilter("ignore")  # one of the processes says them
             result = calibrate(
                 args.model,
                 output,
@@ -77,7 +80,6 @@ def run(args: Namespace) -> int:
                 batch_size=args.batch_size,
                 layer_by_layer=args.layer_by_layer,
             )
-            first = Workers().first
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_interrupted(output)) from None
     if not first:

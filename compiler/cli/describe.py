@@ -55,16 +55,28 @@ def has_rope(layers: Iterable["LayerReport"]) -> bool:
     return any(layer.matched and layer.rope_form not in (None, "nope") for layer in layers)
 
 
-def layer_rows(layers: Sequence["LayerReport"]) -> list[tuple[str, str, str, str]]:
-    """(layers, kind, RoPE form, what happens) rows; equal neighbours share one."""
-    rows, fate = [], "evicts" if has_rope(layers) else "has no rotary embedding"
+def layer_rows(layers: Sequence["LayerReport"], policy: str) -> list[tuple[str, str, str, str]]:
+    """(layers, kind, RoPE form, what happens) rows; equal neighbours share one. policy: "" where none is chosen yet."""
+    rows = []
     alike = attrgetter("kind", "window", "rope_form", "matched", "reason")
     for _, group in groupby(layers, key=alike):
         members = list(group)
         first, last = members[0], members[-1]
         name = f"layer {first.layer}" if first is last else f"layers {first.layer}-{last.layer}"
         node = first.node if first is last else f"{first.node} to {last.node}"
-        kept = f"keeps its window of {first.window:,} tokens" if first.window else fate
-        outcome = kept if first.matched else f"does not match, node {node}: {first.reason}"
+        outcome = _fate(first, layers, policy) if first.matched else f"does not match, node {node}: {first.reason}"
         rows.append((name, first.kind, first.rope_form or "-", outcome))
     return rows
+
+
+def _fate(layer: "LayerReport", layers: Sequence["LayerReport"], policy: str) -> str:
+    if not has_rope(layers):
+        return "has no rotary embedding"
+    if layer.window:
+        return f"keeps its window of {layer.window:,} tokens"
+    if not policy:
+        rotates = has_rope([other for other in layers if other.kind == "full"])
+        return "evicts" if rotates else "evicts, by --policy key-norm or streaming"
+    if layer.rope_form == "nope" and policy == "triattention":
+        return "evicts by the plain product with its query centre"
+    return f"evicts by {policy}"

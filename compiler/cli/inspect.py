@@ -49,5 +49,5 @@ def run(args: Namespace) -> int:
 def _text(report: "Report") -> str:
     matched = sum(layer.matched for layer in report.layers)
     head = f"{report.architecture}: {matched} of {len(report.layers)} attention layers match"
-    layers = layer_rows(report.layers)
+    layers = layer_rows(report.layers, report.eviction["policy"]["name"] if report.nodes else "")
     return "\n".join([head, *([table(layers)] if layers else []), table(report_rows(report))])

@@ -79,7 +79,8 @@ def common_form(matches: list[RopeAttention]) -> RopeForm:
     forms = [(m.attention.layer, m.form) for m in matches if m.form.kind != "nope"]
     if not forms:
         raise MatchError(
-            "no layer has a rotary embedding, so there is no centre to score with; choose --policy streaming"
+            "no layer that evicts has a rotary embedding, so there is no series in the distance to score with; choose "
+            "--policy key-norm or streaming"
         )
     layer, first = forms[0]
     for other_layer, other in forms[1:]:

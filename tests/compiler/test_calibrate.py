@@ -1,22 +1,36 @@
 """Calibration: the means are those of hooks on the model, and an interrupted run loses and repeats nothing."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
+import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from keysieve.compiler import calibrate as module
 from keysieve.compiler import statistics as statistics_file
+from keysieve.compiler import statistics_report, weights
 from keysieve.compiler.calibrate import calibrate
+from keysieve.compiler.layerwise import LayerByLayer
 from keysieve.compiler.model import identity
 from keysieve.compiler.pipeline import Matched, find, tap_graph
 from keysieve.compiler.progress import Progress
 from keysieve.compiler.text import iter_texts, text_sha256, token_chunks
-from keysieve.errors import ConfigError, StatisticsError
+from keysieve.compiler.workers import Workers
+from keysieve.errors import CaptureError, ConfigError, MatchError, StatisticsError
 from keysieve.passes.graph import Graph
 from support.bundles import CALIBRATION_TOKENS, tiny_folder, tiny_statistics
 from support.masked_reference import calibrate_by_hooks
@@ -76,7 +90,8 @@ def finished(whole: Path, tmp_path: Path) -> Path:
 
 def same(found: statistics_file.Statistics, wanted: statistics_file.Statistics, tolerance: float) -> None:
     assert (found.tokens, found.text_sha256, found.model) == (wanted.tokens, wanted.text_sha256, wanted.model)
-    for a, b in zip(found.layers, wanted.layers, strict=True):
+    assert found.first_tokens == wanted.first_tokens
+    for a, b in zip(found.layers + found.first_half, wanted.layers + wanted.first_half, strict=True):
         np.testing.assert_allclose(a.q_mean, b.q_mean, atol=tolerance, rtol=0)
         np.testing.assert_allclose(a.q_abs, b.q_abs, atol=tolerance, rtol=0)
 
@@ -248,3 +263,234 @@ def test_an_output_that_cannot_be_written_is_noticed_before_the_work(
     with pytest.raises(ConfigError, match=r"the folder of output .*absent/stats does not exist"):
         calibrate(mha, tmp_path / "absent" / "stats", [text], 1100, 256, QUIET)
     assert interrupts.passes == 0
+
+
+# Halves, batches, data sets
+
+
+def test_the_first_half_is_that_of_the_text(mha: Path, text: Path, whole: Path, tmp_path: Path) -> None:
+    found = statistics_file.load(whole)
+    assert found.first_tokens == 5 * 256  # of 10 chunks
+    half = calibrate(mha, tmp_path / "half", [text], 5 * 256, 256, QUIET)
+    assert half.first_tokens == 2 * 256
+    alone = replace(found, layers=found.first_half, tokens=5 * 256, first_half=[], first_tokens=0)
+    same(alone, replace(half, first_half=[], first_tokens=0), 1e-12)
+    one = calibrate(mha, tmp_path / "one", [text], 256, 256, QUIET)
+    assert (one.first_half, one.first_tokens) == ([], 0)
+
+
+@pytest.mark.parametrize(("before", "kept"), [(2 * 256, 5 * 256), (8 * 256, 4 * 256), (6 * 256, 6 * 256)])
+def test_a_run_that_goes_on_behind_the_middle_keeps_the_nearest_half(
+    before: int, kept: int, mha: Path, text: Path, whole: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "stats"
+    calibrate(mha, path, [text], before, 256, QUIET)
+    found = calibrate(mha, path, [text], 2500, 256, QUIET)
+    wanted = statistics_file.load(whole)
+    same(replace(found, first_tokens=0, first_half=[]), replace(wanted, first_tokens=0, first_half=[]), 1e-12)
+    assert found.first_tokens == kept
+    half = calibrate(mha, tmp_path / "half", [text], kept, 256, QUIET)
+    for a, b in zip(found.first_half, half.layers, strict=True):
+        np.testing.assert_allclose(a.q_mean, b.q_mean, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch_size", [3, 100])
+def test_batches_change_nothing(mha: Path, text: Path, whole: Path, tmp_path: Path, batch_size: int) -> None:
+    run = Interrupts(at=-1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "run_graph", run)
+        found = calibrate(mha, tmp_path / "stats", [text], 2500, 256, QUIET, batch_size=batch_size)
+    assert run.passes == {3: 2 + 3, 100: 1 + 2}[batch_size]  # 5 chunks, the middle, 4 chunks and a short one
+    same(found, statistics_file.load(whole), 1e-6)
+    with pytest.raises(ConfigError, match="batch_size is 0"):
+        calibrate(mha, tmp_path / "other", [text], 2500, 256, QUIET, batch_size=0)
+
+
+def test_a_data_set_is_read_like_files(mha: Path, text: Path, whole: Path, tmp_path: Path) -> None:
+    rows = [{"body": line} for line in text.read_text(encoding="utf-8").splitlines()]
+    found = calibrate(mha, tmp_path / "stats", None, 2500, 256, QUIET, dataset=rows, text_field="body")
+    same(found, statistics_file.load(whole), 0)
+    with pytest.raises(ConfigError, match="a generator, but its texts are read more than once"):
+        calibrate(mha, tmp_path / "other", None, 2500, 256, QUIET, dataset=(row for row in rows))
+
+
+def test_a_model_that_does_not_fit_the_method_is_a_warning(
+    mha: Path, text: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibrate(mha, finished, [text], 2500, 256, QUIET)
+    monkeypatch.setattr(statistics_report, "LEAST", 1.0)
+    with pytest.warns(UserWarning, match=r"amplitude-weighted R is 0\.\d\d, below 1.0: .* least in layers \d \(R"):
+        calibrate(mha, finished, [text], 2500, 256, QUIET)
+
+
+# Layer by layer
+
+
+class Passes(LayerByLayer):
+    """Remembers the ones that were made, and interrupts the pass of that number."""
+
+    made: ClassVar[list["Passes"]] = []
+    interrupt = 0
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.passes = 0
+        self.made.append(self)
+
+    def run(self, batches: list[torch.Tensor], step: Any) -> list[statistics_file.QueryMoments]:
+        self.passes += 1
+
+        def interrupt_in_the_middle(share: float) -> None:
+            step(share)
+            if self.passes == self.interrupt:
+                raise KeyboardInterrupt
+
+        return super().run(batches, interrupt_in_the_middle)
+
+
+@pytest.fixture
+def sharded(mha: Path, tmp_path: Path) -> Path:
+    """The same model in many files."""
+    folder = tmp_path / "sharded"
+    tiny_model("llama_mha").save_pretrained(folder, max_shard_size="60KB")
+    shutil.copytree(mha, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert len(list(folder.glob("*.safetensors"))) > 5
+    return folder
+
+
+def test_layer_by_layer_gives_the_same_with_few_weights_at_once(
+    sharded: Path, text: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LayerByLayer", Passes)
+    monkeypatch.setattr(module, "PASS", 2)
+    monkeypatch.setattr(module, "SAVE_EVERY", 2)
+    monkeypatch.setattr(Passes, "made", [])
+    monkeypatch.setattr(Passes, "interrupt", 3)
+    path = tmp_path / "stats"
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(sharded, path, [text], 2500, 256, QUIET, layer_by_layer=True)
+    assert statistics_file.load(path).tokens == 4 * 256  # whole passes only
+    monkeypatch.setattr(Passes, "interrupt", 0)
+    found = calibrate(sharded, path, [text], 2500, 256, QUIET, layer_by_layer=True)
+    same(found, statistics_file.load(whole), 1e-12)
+    streamed = Passes.made[-1]
+    model = tiny_model("llama_mha")
+    layer = sum(weight.nbytes for weight in model.model.layers[0].parameters())
+    assert 0 < streamed.peak <= max(layer, model.get_input_embeddings().weight.nbytes)
+    assert streamed.alive == 0
+    assert len(streamed.layers) >= 4  # embedding, attention, what follows, attention
+    assert streamed.passes == 1 + 3  # the fifth chunk alone, since a half ends there
+
+
+def test_layer_by_layer_is_chosen_where_the_weights_do_not_fit(
+    mha: Path, text: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(weights, "free_memory", lambda: 400_000)
+    monkeypatch.setattr(module, "find", lambda model, progress: _refuse(type(model.lm_head.weight.data), model))
+    with pytest.raises(MatchError, match="one stored element"):
+        calibrate(mha, tmp_path / "stats", [text], 2500, 256, Progress())
+    assert "layer by layer, it would take 0.0 GB of memory, and 0.0 GB are free" in capsys.readouterr().err
+    with pytest.raises(MatchError, match="all elements"):
+        calibrate(mha, tmp_path / "stats", [text], 2500, 256, QUIET, layer_by_layer=False)
+
+
+def _refuse(_: type, model: Any) -> Matched:
+    stored = model.lm_head.weight.untyped_storage().nbytes()
+    raise MatchError("one stored element" if stored == 4 else "all elements")
+
+
+def test_a_gguf_file_cannot_be_read_layer_by_layer(mha: Path, text: Path, tmp_path: Path) -> None:
+    (mha / "model.safetensors").rename(tmp_path / "aside")
+    try:
+        with pytest.raises(CaptureError, match=r"has no model\.safetensors .*--no-layer-by-layer"):
+            calibrate(mha, tmp_path / "stats", [text], 2500, 256, QUIET, layer_by_layer=True)
+    finally:
+        (tmp_path / "aside").rename(mha / "model.safetensors")
+
+
+# Several processes
+
+
+class Threads:
+    """Stands for Workers: threads of this process, which meet at a barrier."""
+
+    def __init__(self, count: int) -> None:
+        self.barrier = threading.Barrier(count, timeout=60)
+        self.values: list[Any] = [None] * count
+        self.local = threading.local()
+
+    def run(self, count: int, call: Any) -> list[Any]:
+        def start(rank: int) -> Any:
+            self.local.rank = rank
+            try:
+                return call()
+            except BaseException:
+                self.barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(count) as pool:
+            return [future.result() for future in [pool.submit(start, rank) for rank in range(count)]]
+
+    def __call__(self) -> Workers:
+        workers = Workers()
+        workers.rank, workers.count = self.local.rank, len(self.values)
+        workers.gather = partial(self.gather, workers.rank)  # type: ignore[method-assign]
+        workers.on_first = lambda call: workers.gather(call() if workers.first else None)[0]  # type: ignore[method-assign,assignment]
+        workers.sum = lambda array: sum(workers.gather(array), np.zeros_like(array))  # type: ignore[method-assign]
+        return workers
+
+    def gather(self, rank: int, value: Any) -> list[Any]:
+        self.values[rank] = deepcopy(value)  # as if it had been sent
+        self.barrier.wait()
+        values = list(self.values)
+        self.barrier.wait()
+        return values
+
+
+@pytest.mark.parametrize(("count", "before", "batch_size"), [(2, 0, 1), (3, 2 * 256, 2), (2, 7 * 256, 1)])
+def test_workers_together_do_the_work_of_one(
+    count: int,
+    before: int,
+    batch_size: int,
+    mha: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "SAVE_EVERY", 2)
+    paths = [tmp_path / "one", tmp_path / "many"]
+    for path in paths:
+        if before:
+            calibrate(mha, path, [text], before, 256, QUIET)
+    options: dict[str, Any] = {"batch_size": batch_size}
+    wanted = calibrate(mha, paths[0], [text], 2500, 256, QUIET, **options)
+    passes = Interrupts(at=-1)
+    threads = Threads(count)
+    loaded, tokenizer = module.load_model(mha), module.load_tokenizer(mha)  # loading is not made for threads
+    monkeypatch.setattr(module, "load_model", lambda _: loaded)
+    monkeypatch.setattr(module, "load_tokenizer", lambda _: tokenizer)
+    monkeypatch.setattr(module, "Workers", threads)
+    monkeypatch.setattr(module, "run_graph", passes)
+    found = threads.run(count, lambda: calibrate(mha, paths[1], [text], 2500, 256, QUIET, **options))
+    for one in [*found, statistics_file.load(paths[1])]:
+        same(one, wanted, 1e-12)
+    assert passes.passes == {1: 10 - before // 256, 2: 2 + 3}[batch_size]  # no batch twice
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_file_as_one(mha: Path, text: Path, tmp_path: Path) -> None:
+    """`torchrun -m keysieve.compiler.calibrate`, for real."""
+    options = ["--text", str(text), "--max-tokens", "2600", "--batch-size", "1", "--report", str(tmp_path / "r.json")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "keysieve.compiler.calibrate", str(mha), "-o", str(tmp_path / "two"), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == f"{tmp_path}/two: 2,600 tokens, 2 layers"
+    assert len(done.stdout.splitlines()) == 2  # only one of them speaks
+    assert done.stderr.count("calibrate ") == 1
+    one = calibrate(mha, tmp_path / "one", [text], 2600, progress=QUIET)
+    same(statistics_file.load(tmp_path / "two"), one, 1e-12)
+    assert json.loads((tmp_path / "r.json").read_text())["tokens_by_half"] == [1024, 2600 - 1024]

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from keysieve.compiler.cli import main
+from keysieve.compiler.cli.describe import layer_rows
+from keysieve.compiler.inspect import LayerReport
 
 FUNCTION = "inspect.inspect"
 GOOD = ("half_split", None)
@@ -24,13 +26,29 @@ def test_equal_neighbours_share_a_line(stub, report, capsys: pytest.CaptureFixtu
     printed = lines(capsys.readouterr().out)
     assert printed[:4] == [
         "SomeForCausalLM: 3 of 5 attention layers match",
-        "layers 0-1 full half_split evicts",
+        "layers 0-1 full half_split evicts by triattention",
         f"layers 2-3 unsupported - does not match, node node_2 to node_3: {MISS[1]}",
-        "layer 4 full nope evicts",
+        "layer 4 full nope evicts by the plain product with its query centre",
     ]
     assert "nodes inserted 1 KeySieveScore" in printed
     assert "KV cache 1.0 kB a token, float32" in printed
     assert "384.0 kB a sequence, for budget 256 and interval 128" in printed
+
+
+def test_what_happens_to_layers_of_every_kind() -> None:
+    def layer(number: int, kind: str, form: str | None, window: int = 0) -> LayerReport:
+        return LayerReport(number, kind, form, True, None, "node", window)
+
+    hybrid = [layer(0, "sliding", "half_split", 4096), layer(1, "full", "nope")]
+    assert [row[-1] for row in layer_rows(hybrid, "")] == [
+        "keeps its window of 4,096 tokens",
+        "evicts, by --policy key-norm or streaming",
+    ]
+    assert layer_rows(hybrid, "key-norm")[1][-1] == "evicts by key-norm"
+    assert [row[-1] for row in layer_rows([layer(0, "full", "half_split"), layer(1, "full", "nope")], "")] == [
+        "evicts"
+    ] * 2
+    assert layer_rows([layer(0, "full", "nope")], "")[0][-1] == "has no rotary embedding"
 
 
 def test_a_model_that_is_not_compiled_has_no_nodes(stub, report, capsys: pytest.CaptureFixture) -> None:
