@@ -18,6 +18,7 @@ from keysieve.passes.lower_attention import lower_attention
 from keysieve.passes.policies.stateless import stateless
 from keysieve.passes.policies.triattention import QueryCentres, TriAttention, triattention
 from keysieve.passes.result import Attention, Miss, RopeAttention
+from keysieve.passes.rope_forms import lower_rope
 from keysieve.passes.tap_prerope import tap_only
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def find(
         graph = capture(model, implementation, only_to_find)
         stage.note(f"{len(graph.fx.nodes):,} nodes")
     with progress.stage("match") as stage:
+        lower_rope(graph)
         lowered = lower_attention(graph)
         attentions = find_attention(graph)
         ropes = find_rope(graph, attentions.matches)
