@@ -96,9 +96,7 @@ def test_what_a_form_says_is_verified() -> None:
         """Written like the page's, but its values are squared on the way."""
         return code(0)["attention"](query, key, value * value, positions)
 
-    def without_itself(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
+    def shifted(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         seen = positions[:, None, :, None] > positions[:, None, None, :]
         logits = torch.einsum("bhqd,bhkd->bhqk", query, key) * 0.25 + torch.where(seen, 0.0, -1e9)
         return torch.einsum("bhqk,bhkd->bhqd", logits.softmax(-1), value)
@@ -109,7 +107,7 @@ def test_what_a_form_says_is_verified() -> None:
         return torch.einsum("bhqk,bhqd->bhkd", logits.softmax(-1), value)
 
     assert lower_attention(decoder_and_graph(squared)[1]) == []  # value * value is a value like any other
-    (miss,) = lower_attention(decoder_and_graph(without_itself)[1])
+    (miss,) = lower_attention(decoder_and_graph(shifted)[1])
     assert "neither causal nor" in miss.reason
     (miss,) = lower_attention(decoder_and_graph(crossed)[1])
     assert miss.reason == "the result is not causal softmax attention of its query, key and value"
