@@ -17,8 +17,21 @@ MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 STATISTICS = "stats.safetensors"
 STATE = "state.safetensors"
-FORMAT = 1
-REQUIRED = ("format", "keysieve", "model", "sizes", "dtype", "eviction", "layers", "files", "state", "vocab_size")
+FORMAT = 2
+REQUIRED = (
+    "format",
+    "keysieve",
+    "model",
+    "sizes",
+    "dtype",
+    "eviction",
+    "layers",
+    "files",
+    "caches",
+    "windows",
+    "plan",
+    "vocab_size",
+)
 
 
 @dataclass(frozen=True)

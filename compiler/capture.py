@@ -46,12 +46,21 @@ def attention_function(
         key,
         value,
         sinks,
+        attention_mask,
         float(scaling if scaling is not None else query.shape[-1] ** -0.5),
         int(options.get("sliding_window") or 0),
+        0,
         float(options.get("softcap") or 0.0),
         -1 if layer is None else int(layer),
     )
     return result.transpose(1, 2).contiguous(), None
+
+
+def mask_function(*arguments: Any, **options: Any) -> torch.Tensor:
+    """The function transformers calls for masks: [B,1,S,S], never left out, so that find_attention can read it."""
+    from transformers.masking_utils import sdpa_mask
+
+    return sdpa_mask(*arguments, **{**options, "allow_is_causal_skip": False})
 
 
 class _Decoder(nn.Module):
@@ -72,9 +81,10 @@ def capture(model: "PreTrainedModel", implementation: str | None = None, only_to
     only_to_find: fixed sizes, which takes half the time and is enough to find RoPE, where "keysieve" works.
     Raises CaptureError with the exporter's own words when the model cannot be exported.
     """
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(ATTENTION_NAME, attention_function)
+    AttentionMaskInterface.register(ATTENTION_NAME, mask_function)
     wanted = [implementation] if implementation else IMPLEMENTATIONS
     reasons: list[str] = []
     previous = model.config._attn_implementation
@@ -101,7 +111,7 @@ def _export(model: "PreTrainedModel", dynamic: bool) -> ExportedProgram:
     position_ids = torch.arange(tokens).repeat(batch, 1)
     sizes = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} if dynamic else None
     try:
-        with torch.no_grad(), _masks_without_vmap(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), _masks_without_vmap(), _unchanged(model):
             warnings.simplefilter("ignore", FutureWarning)  # torch's own, about pytrees
             return export(
                 _Decoder(model.eval()),
@@ -138,14 +148,29 @@ def _masks_without_vmap() -> Iterator[None]:
             INTERFACE[name] = make
 
 
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Undo what the model assigns to its modules in the block: an export leaves tensors without values."""
+    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+
 def _tidy(graph: Graph) -> Graph:
-    """Drop what only slows the passes down: metadata assertions, detach, casts to the same dtype."""
+    """Drop what only slows the passes down: metadata assertions, detach, dropout at rest, casts to the same dtype."""
     aten = torch.ops.aten
     for node in list(graph.fx.nodes):
         if node.op != "call_function":
             continue
         same = node.target is aten.to.dtype and node.meta["val"].dtype == node.args[0].meta["val"].dtype
-        if same or node.target in (aten.detach.default, aten.detach_.default, aten.alias.default):
+        idle = node.target is aten.dropout.default and not node.args[2]
+        if same or idle or node.target in (aten.detach.default, aten.detach_.default, aten.alias.default):
             node.replace_all_uses_with(node.args[0])
             graph.fx.erase_node(node)
         elif node.target is aten._assert_tensor_metadata.default:

@@ -17,10 +17,16 @@ from keysieve.compiler.bundle import MODEL, STATE, STATISTICS, new_folder, write
 from keysieve.compiler.config import CompileConfig, EvictionConfig
 from keysieve.compiler.inspect import Report, report_of
 from keysieve.compiler.model import identity, load_model, load_skeleton, load_tokenizer, round_weights
-from keysieve.compiler.pipeline import Matched, engine_graph, find, model_sizes, query_centres
+from keysieve.compiler.pipeline import Matched, cache_layout, engine_graph, find, model_sizes, query_centres
 from keysieve.compiler.progress import Progress
 from keysieve.compiler.statistics import Statistics
-from keysieve.compiler.tensorrt import check_tensorrt, kernel_configuration, write_library, write_plans
+from keysieve.compiler.tensorrt import (
+    check_tensorrt,
+    kernel_configuration,
+    window_capacities,
+    write_library,
+    write_plans,
+)
 from keysieve.errors import BundleError, CaptureError
 from keysieve.export.onnx import export_onnx
 from keysieve.export.tensorrt import LIBRARY
@@ -59,7 +65,7 @@ def compile(
     matched = find(loaded, progress)
     report = report_of(loaded, matched, config.eviction, config.dtype)
     matched.require_all()
-    sizes = model_sizes(matched)
+    sizes, caches = model_sizes(matched), cache_layout(matched)
     model_identity = {**source, **sizes}
     statistics = _statistics(config, model_identity, matched, weights_known=not dry_run)
     if config.dump_graphs:
@@ -68,7 +74,10 @@ def compile(
         initial = _initial_state(config, matched, statistics)
         graph = engine_graph(matched, config.eviction, statistics)
         stage.note(f"{len(graph.fx.nodes):,} nodes")
-    kernels = kernel_configuration(graph, config.dtype) if limits else None
+    kernels = None
+    if limits:
+        kernels = kernel_configuration(graph, config.dtype)
+        limits = replace(limits, windows=window_capacities(config, [window["size"] for window in caches["windows"]]))
     if config.dump_graphs:
         _dump(config.dump_graphs, "rewritten", graph)
     if dry_run:
@@ -89,7 +98,7 @@ def compile(
             if statistics is not None:
                 statistics_file.save(statistics, folder / STATISTICS)
             report = replace(report, nodes=_node_counts(graph), target=config.target, plans=built.get("plans", []))
-            content = _manifest(loaded, tokenizer, config, model_identity, sizes, report)
+            content = _manifest(loaded, tokenizer, config, model_identity, sizes, caches, report)
             write_manifest(folder, {**content, **({"tensorrt": built} if built else {})})
     return report
 
@@ -108,7 +117,7 @@ def _statistics(
 ) -> Statistics | None:
     if config.stats is None:
         return None
-    heads = [attention.query_heads for attention in matched.attentions]
+    heads = [rope.attention.query_heads for rope in matched.ropes]
     unknown = () if weights_known else ("weights_sha256",)
     return statistics_file.read(config.stats, model, [rope.form for rope in matched.ropes], heads, unknown)
 
@@ -116,10 +125,10 @@ def _statistics(
 def _initial_state(config: CompileConfig, matched: Matched, statistics: Statistics | None) -> dict[str, np.ndarray]:
     """Where online centres start: at the calibrated ones if statistics are given, else at zero."""
     policy = config.eviction.policy
-    if policy.name != "triattention" or policy.centres != "online":
+    if policy.name != "triattention" or policy.centres != "online" or not matched.ropes:
         return {}
     if statistics is None:
-        first, bands = matched.attentions[0], common_form(matched.ropes).rotary_dim // 2
+        first, bands = matched.ropes[0].attention, common_form(matched.ropes).rotary_dim // 2
         shape = (len(matched.ropes), first.query_heads)
         centres = QueryCentres(np.zeros((*shape, first.head_dim)), np.zeros((*shape, bands)))
     else:
@@ -153,6 +162,7 @@ def _manifest(
     config: CompileConfig,
     model_identity: dict[str, str | int],
     sizes: dict[str, Any],
+    caches: dict[str, Any],
     report: Report,
 ) -> dict[str, Any]:
     eviction = config.eviction
@@ -170,7 +180,8 @@ def _manifest(
         "eviction": asdict(eviction),
         "layers": [asdict(layer) for layer in report.layers],
         "nodes": report.nodes,
-        "state": {"plan": list(plan_shape(eviction.scope, sizes["layers"], None, sizes["kv_heads"], None))},
+        **caches,
+        "plan": list(plan_shape(eviction.scope, sizes["layers"], None, sizes["kv_heads"], None)),
         "versions": {name: version(name) for name in ("torch", "transformers", "onnx", "onnxruntime")},
     }
 

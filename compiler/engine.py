@@ -110,8 +110,13 @@ class Engine:
         capacity: int | None = None,
         dense: bool = False,
         pinned: Sequence[int] | None = None,
+        chunk: int | None = None,
+        total: int | None = None,
     ) -> Session:
-        """The step loop without tokenizer and sampling. dense: never evict (capacity is then required)."""
+        """The step loop without tokenizer and sampling; options as Session's.
+
+        dense: never evict (capacity is then required).
+        """
         eviction = self.manifest["eviction"]
         if dense and capacity is None:
             raise EngineError("a dense session needs a capacity: the number of tokens it will hold")
@@ -119,7 +124,7 @@ class Engine:
         if capacity is None:
             capacity = int(np.max(np.asarray(wanted))) + int(eviction["interval"])
         self._runtime.check(batch, capacity, 1)
-        return Session(self._runtime, self.manifest, batch, capacity, wanted, pinned, self._initial)
+        return Session(self._runtime, self.manifest, batch, capacity, wanted, pinned, self._initial, chunk, total)
 
     # -- the request loop --------------------------------------------------------------------------------------------
     def _start(
@@ -170,7 +175,7 @@ class Engine:
             )
         self._runtime.check(len(ids), capacity, chunk)
         pinned = [sequence.pinned for sequence in sequences]
-        session = self.session(len(ids), budgets.tolist(), capacity, dense, pinned)
+        session = self.session(len(ids), budgets.tolist(), capacity, dense, pinned, chunk, total)
         sampler = Sampler(Sampling(temperature, top_p, top_k, seed), len(ids))
         stops = set(self.manifest.get("stop_tokens", []) if stop_tokens is None else stop_tokens)
         return sequences, self._run(session, sequences, sampler, stops, max_new_tokens, chunk)

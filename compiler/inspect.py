@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from keysieve.compiler.bundle import MANIFEST, MODEL, open_bundle
 from keysieve.compiler.config import EvictionConfig
 from keysieve.compiler.model import load_skeleton
-from keysieve.compiler.pipeline import Matched, find
+from keysieve.compiler.pipeline import Matched, cache_layout, find
 from keysieve.compiler.progress import Progress
+from keysieve.compiler.session import window_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,7 +19,11 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One attention layer: kind "full", "sliding" or "unsupported", its RoPE form, and why it did not match."""
+    """One attention layer: kind "full", "sliding", "chunked" or "unsupported", and why it did not match.
+
+    window: tokens that a token of a sliding or chunked layer sees at most, 0 where it sees all. rope_form: None where
+    it is not known, which matters for layers that evict alone.
+    """
 
     layer: int
     kind: str
@@ -26,11 +31,12 @@ class LayerReport:
     matched: bool
     reason: str | None
     node: str
+    window: int = 0
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `inspect` prints. Bytes count K and V of all layers."""
+    """What `inspect` prints. Bytes count K and V: for a token, of the layers that grow; for the budget, of all."""
 
     architecture: str
     layers: list[LayerReport]
@@ -71,35 +77,53 @@ def find_fast(model: "PreTrainedModel", progress: Progress) -> Matched:
 
 def report_of(model: "PreTrainedModel", matched: Matched, eviction: EvictionConfig, dtype: str) -> Report:
     """The report on a captured model."""
-    rotary = any(rope.form.kind != "nope" for rope in matched.ropes)
+    rotary = matched.rotary
     reason = None if rotary else "no layer of the model has a rotary embedding"
     layers = [
         LayerReport(rope.attention.number, "full", str(rope.form), rotary, reason, rope.attention.node.name)
         for rope in matched.ropes
     ]
+    for attention in matched.windowed:
+        kind, size = ("sliding", attention.window) if attention.window else ("chunked", attention.chunk)
+        known = matched.window_forms.get(attention.layer)
+        form = None if known is None else str(known)
+        layers.append(LayerReport(attention.number, kind, form, True, None, attention.node.name, size))
     for miss in matched.misses:
-        kind = "sliding" if "sliding window" in miss.reason else "unsupported"
-        layers.append(LayerReport(miss.layer, kind, None, False, miss.reason, miss.node))
+        layers.append(LayerReport(miss.layer, "unsupported", None, False, miss.reason, miss.node))
     layers.sort(key=lambda layer: layer.layer)
-    item = ITEM_BYTES[dtype]
-    per_token = sum(a.kv_heads * (a.head_dim + a.value_dim) * item for a in matched.attentions)
     architecture = (model.config.architectures or [type(model).__name__])[0]
-    rows = eviction.budget + eviction.interval
-    return Report(architecture, layers, per_token, eviction.budget, per_token * rows, dtype, {}, asdict(eviction))
+    layout = cache_layout(matched)
+    per_token, for_budget = _kv_bytes(layout["caches"], layout["windows"], dtype, eviction.budget, eviction.interval)
+    return Report(architecture, layers, per_token, eviction.budget, for_budget, dtype, {}, asdict(eviction))
+
+
+def _kv_bytes(
+    caches: list[dict[str, Any]], windows: list[dict[str, Any]], dtype: str, budget: int, interval: int
+) -> tuple[int, int]:
+    """Bytes of K and V that a token adds, and that a sequence takes for that budget."""
+    per_token = for_budget = 0
+    for cache in caches:
+        row = cache["kv_heads"] * (cache["head_dim"] + cache["value_dim"]) * ITEM_BYTES[dtype]
+        if cache["window"] is None:
+            per_token += row
+            for_budget += row * (budget + interval)
+        else:
+            for_budget += row * window_rows(windows[cache["window"]]["size"], interval)
+    return per_token, for_budget
 
 
 def _bundle_report(path: Path) -> Report:
     manifest = open_bundle(path).manifest
-    sizes, eviction = manifest["sizes"], manifest["eviction"]
-    item = ITEM_BYTES[manifest["dtype"]]
-    per_token = sizes["layers"] * sizes["kv_heads"] * (sizes["head_dim"] + sizes["value_dim"]) * item
+    eviction, dtype = manifest["eviction"], manifest["dtype"]
+    caches, windows = manifest["caches"], manifest["windows"]
+    per_token, for_budget = _kv_bytes(caches, windows, dtype, eviction["budget"], eviction["interval"])
     return Report(
         manifest["model"]["architecture"],
         [LayerReport(**layer) for layer in manifest["layers"]],
         per_token,
         eviction["budget"],
-        per_token * (eviction["budget"] + eviction["interval"]),
-        manifest["dtype"],
+        for_budget,
+        dtype,
         manifest["nodes"],
         eviction,
         manifest["target"],

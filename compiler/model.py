@@ -1,7 +1,7 @@
 """Loading what a user calls MODEL: a hub name, a local folder, or a GGUF file."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -109,16 +109,18 @@ def load_tokenizer(model: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(**_location(model))
 
 
-def identity(model: "PreTrainedModel") -> dict[str, str | int]:
+def identity(
+    model: "PreTrainedModel", parameters: Iterable[tuple[str, torch.Tensor]] | None = None
+) -> dict[str, str | int]:
     """What ties a statistics file or a bundle to a model: sizes and two hashes.
 
     config_sha256 covers the configuration without names and versions; weights_sha256 covers every parameter's name,
-    shape and 64 evenly spaced elements.
+    shape and 64 evenly spaced elements. parameters: those of a model that is loaded without them, sorted by name.
     """
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     fields = {k: v for k, v in config.to_dict().items() if not k.startswith("_") and k not in _VOLATILE_FIELDS}
     weights = sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in parameters or sorted(model.named_parameters()):
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)][:64].float()
         weights.update(f"{name}{tuple(parameter.shape)}".encode() + sample.numpy().tobytes())

@@ -1,6 +1,6 @@
 """The pass list: capture -> find -> (taps for calibration | cache and eviction for the engine)."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from keysieve.compiler.capture import capture
@@ -12,12 +12,13 @@ from keysieve.passes.find_attention import find_attention
 from keysieve.passes.find_rope import find_rope
 from keysieve.passes.gather_logits import gather_logits
 from keysieve.passes.graph import Graph
-from keysieve.passes.insert_cache import insert_cache
+from keysieve.passes.insert_cache import group_windows, insert_cache
 from keysieve.passes.insert_eviction import insert_eviction
 from keysieve.passes.lower_attention import lower_attention
 from keysieve.passes.policies.stateless import stateless
 from keysieve.passes.policies.triattention import QueryCentres, TriAttention, triattention
 from keysieve.passes.result import Attention, Miss, RopeAttention
+from keysieve.passes.rope_form import RopeForm
 from keysieve.passes.rope_forms import lower_rope
 from keysieve.passes.tap_prerope import tap_only
 
@@ -27,17 +28,33 @@ if TYPE_CHECKING:
 
 @dataclass
 class Matched:
-    """A captured graph with what the finding passes found in it."""
+    """A captured graph with what the finding passes found in it.
+
+    attentions: all that can be given a cache; ropes: those of them that evict; window_forms: the RoPE of the others by
+    layer, where it is one that keysieve knows (nothing depends on it).
+    """
 
     graph: Graph
     attentions: list[Attention]
     ropes: list[RopeAttention]
     misses: list[Miss]
+    window_forms: dict[int, RopeForm] = field(default_factory=dict)
+
+    @property
+    def windowed(self) -> list[Attention]:
+        """The attentions that hold a window of the text and evict nothing."""
+        return [attention for attention in self.attentions if not attention.evicts]
 
     @property
     def layers(self) -> int:
         """How many layers there are, matched or not."""
-        return len(self.ropes) + len(self.misses)
+        return len(self.ropes) + len(self.windowed) + len(self.misses)
+
+    @property
+    def rotary(self) -> bool:
+        """Whether any layer has a rotary embedding."""
+        forms = [*(match.form for match in self.ropes), *self.window_forms.values()]
+        return any(form.kind != "nope" for form in forms)
 
     def require_all(self) -> list[RopeAttention]:
         """The matches, or a MatchError that lists every layer that did not match."""
@@ -48,10 +65,10 @@ class Matched:
                 f"{len(self.misses)} of {self.layers} attention layers cannot be rewritten:\n  {listed}{more}\n"
                 "`keysieve inspect MODEL` shows every layer"
             )
-        if all(match.form.kind == "nope" for match in self.ropes):
+        if not self.rotary:
             raise MatchError(
                 f"none of the {self.layers} attention layers has a rotary embedding (node "
-                f"{self.ropes[0].attention.node.name} and the others take their queries unrotated); "
+                f"{self.attentions[0].node.name} and the others take their queries unrotated); "
                 "keysieve needs a RoPE decoder"
             )
         return self.ropes
@@ -68,11 +85,13 @@ def find(
         lower_rope(graph)
         lowered = lower_attention(graph)
         attentions = find_attention(graph)
-        ropes = find_rope(graph, attentions.matches)
+        ropes = find_rope(graph, [attention for attention in attentions.matches if attention.evicts])
+        windowed = find_rope(graph, [attention for attention in attentions.matches if not attention.evicts])
         misses = lowered + attentions.misses + ropes.misses
         misses += _without_attention(model, [a.number for a in attentions.matches] + [m.layer for m in misses])
-        matched = Matched(graph, attentions.matches, ropes.matches, misses)
-        stage.note(f"{len(ropes.matches)} of {matched.layers} layers")
+        forms = {rope.attention.layer: rope.form for rope in windowed.matches}
+        matched = Matched(graph, attentions.matches, ropes.matches, misses, forms)
+        stage.note(f"{matched.layers - len(misses)} of {matched.layers} layers")
     return matched
 
 
@@ -89,7 +108,12 @@ def _without_attention(model: "PreTrainedModel", found: list[int]) -> list[Miss]
 
 def tap_graph(matched: Matched) -> Graph:
     """The graph whose outputs are the pre-RoPE queries of every layer."""
-    tap_only(matched.graph, matched.require_all())
+    ropes = matched.require_all()
+    if not ropes:
+        raise MatchError(
+            f"all {matched.layers} layers have a sliding window, so nothing is evicted and nothing to calibrate"
+        )
+    tap_only(matched.graph, ropes)
     return matched.graph
 
 
@@ -99,13 +123,16 @@ def engine_graph(matched: Matched, eviction: EvictionConfig, statistics: Statist
     graph, attentions, policy = matched.graph, matched.attentions, eviction.policy
     gather_logits(graph)
     cache = insert_cache(graph, attentions, eviction.scope)
+    if not ropes:
+        return graph
     if policy.name == "triattention":
         options = TriAttention(policy.offsets, policy.aggregation, policy.trig, policy.norm)
         centres = None if policy.centres == "online" else query_centres(statistics)
         inputs = triattention(graph, cache, ropes, options, centres)
     else:
         inputs = stateless(graph, policy.name)
-    insert_eviction(graph, cache, attentions, inputs, eviction.scope, eviction.sinks, eviction.recent)
+    evicting = [rope.attention for rope in ropes]
+    insert_eviction(graph, cache, evicting, inputs, eviction.scope, eviction.sinks, eviction.recent)
     return graph
 
 
@@ -124,12 +151,29 @@ def query_centres(statistics: Statistics | None) -> QueryCentres:
 
 
 def model_sizes(matched: Matched) -> dict[str, Any]:
-    """Head counts and sizes that every layer shares."""
-    first = matched.attentions[0]
+    """How many layers evict, and the head counts and sizes that they share."""
+    first = next((rope.attention for rope in matched.ropes), matched.attentions[0])
     return {
-        "layers": matched.layers,
+        "layers": len(matched.ropes),
         "query_heads": first.query_heads,
         "kv_heads": first.kv_heads,
         "head_dim": first.head_dim,
         "value_dim": first.value_dim,
     }
+
+
+def cache_layout(matched: Matched) -> dict[str, list[dict[str, Any]]]:
+    """What a session allocates: "caches", one entry a layer, and the "windows" that some of them refer to."""
+    windows = group_windows(matched.attentions)
+    window_of = {layer: index for index, window in enumerate(windows) for layer in window.layers}
+    caches = [
+        {
+            "layer": attention.layer,
+            "kv_heads": attention.kv_heads,
+            "head_dim": attention.head_dim,
+            "value_dim": attention.value_dim,
+            "window": window_of.get(attention.layer),
+        }
+        for attention in matched.attentions
+    ]
+    return {"caches": caches, "windows": [asdict(window.span) | {"size": window.size} for window in windows]}

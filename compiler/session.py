@@ -16,9 +16,10 @@ from keysieve.errors import EngineError
 
 @dataclass
 class Counters:
-    """What a session has done. Rows are per sequence, and the same in every layer and KV head.
+    """What a session has done. Rows are per sequence, and the same in every KV head of every layer that evicts.
 
-    kv_bytes: allocated bytes of all caches; rounds: evictions executed or planned, summed over sequences.
+    layers: those that evict; capacity: rows of their caches; kv_bytes: allocated bytes of all caches, those of sliding
+    windows included; rounds: evictions executed or planned, summed over sequences.
     """
 
     batch: int
@@ -39,11 +40,19 @@ def one_a_sequence(budget: int | Sequence[int], batch: int) -> np.ndarray:
     return np.broadcast_to(given, (batch,)).copy()
 
 
+def window_rows(size: int, room: int, total: int | None = None) -> int:
+    """Rows of a cache for a window of `size` tokens: the past that the next token sees, and room for new ones."""
+    rows = size - 1 + room
+    return min(rows, total) if total else rows
+
+
 class Session:
     """State of `batch` sequences: caches of `capacity` rows, lengths, positions and the pending plan.
 
     budget: rows kept by an eviction, one for all or one a sequence; None never evicts (the dense engine).
     pinned: rows from the start that are never evicted, one a sequence (a pinned prompt).
+    chunk: the most tokens of a step, for which caches of sliding windows get room (None: the interval).
+    total: the longest text, which a window need not exceed (None: not known).
     """
 
     def __init__(
@@ -55,6 +64,8 @@ class Session:
         budget: int | Sequence[int] | None,
         pinned: Sequence[int] | None = None,
         initial: dict[str, np.ndarray] | None = None,
+        chunk: int | None = None,
+        total: int | None = None,
     ):
         self.batch, self.capacity = batch, capacity
         self.dense = budget is None
@@ -62,18 +73,23 @@ class Session:
         self._interval = int(eviction["interval"])
         self._budget = one_a_sequence(capacity if budget is None else budget, batch)
         self._check_room(eviction)
-        layers, heads = sizes["layers"], sizes["kv_heads"]
+        self._window_sizes = [window["size"] for window in manifest["windows"]]
+        room = max(self._interval, chunk or 0)
+        self._window_rows = [window_rows(size, room, total) for size in self._window_sizes]
         self._binding = binding = runtime.binding()
         self._caches: dict[str, Buffer] = {}
-        for layer in range(layers):
-            for name, width in (("key", sizes["head_dim"]), ("value", sizes["value_dim"])):
-                self._caches[f"{name}_{layer}"] = binding.zeros((batch, heads, capacity, width), manifest["dtype"])
-        plan_shape = [batch if size is None else size for size in manifest["state"]["plan"]]
-        start = {
-            "length": np.zeros(batch, np.int32),
-            "plan": np.zeros([*plan_shape[:-1], capacity], np.int32),
-            "keep": np.full(batch, -1, np.int32),
-        }
+        for cache in manifest["caches"]:
+            rows = capacity if cache["window"] is None else self._window_rows[cache["window"]]
+            for name, width in (("key", cache["head_dim"]), ("value", cache["value_dim"])):
+                shape = (batch, cache["kv_heads"], rows, width)
+                self._caches[f"{name}_{cache['layer']}"] = binding.zeros(shape, manifest["dtype"])
+        start = {f"window_length_{index}": np.zeros(batch, np.int32) for index in range(len(self._window_sizes))}
+        self.evicts = sizes["layers"] > 0  # else all layers have windows
+        if self.evicts:
+            plan_shape = [batch if size is None else size for size in manifest["plan"]]
+            start["length"] = np.zeros(batch, np.int32)
+            start["plan"] = np.zeros([*plan_shape[:-1], capacity], np.int32)
+            start["keep"] = np.full(batch, -1, np.int32)
         for name, value in (initial or {}).items():  # [L, 1, ...] -> [L, B, ...]
             start[name] = np.ascontiguousarray(np.repeat(value.astype(np.float32), batch, axis=1))
         # State that is not updated in place alternates between two buffers.
@@ -85,15 +101,17 @@ class Session:
         self._tokens = np.zeros(batch, np.int64)
         self._rounds = np.zeros(batch, np.int64)
         self._total_evicted = np.zeros(batch, np.int64)
-        self._layers, self._kv_bytes = layers, sum(cache.nbytes for cache in self._caches.values())
+        self._layers = sizes["layers"]
+        self._kv_bytes = sum(buffer.nbytes for buffer in self._caches.values())
         self._vocab_size = int(manifest["vocab_size"])
         self._logits: tuple[int, Buffer] | None = None
-        for name, cache in self._caches.items():
-            binding.input(name, cache)
-            binding.output(f"{name}_next", cache)
-        binding.output("evicted", self._evicted)
-        binding.feed("budget", self._budget)
-        binding.feed("pinned", self._pinned)
+        for name, buffer in self._caches.items():
+            binding.input(name, buffer)
+            binding.output(f"{name}_next", buffer)
+        if self.evicts:
+            binding.output("evicted", self._evicted)
+            binding.feed("budget", self._budget)
+            binding.feed("pinned", self._pinned)
 
     def _check_room(self, eviction: dict[str, Any]) -> None:
         protected = eviction["sinks"] + eviction["recent"]
@@ -105,9 +123,20 @@ class Session:
                 f"{eviction['sinks']} sinks and {eviction['recent']} recent rows; give a budget above {protected}"
             )
 
+    def _check_windows(self, tokens: int) -> None:
+        for index, (size, rows) in enumerate(zip(self._window_sizes, self._window_rows, strict=True)):
+            held = self._now[f"window_length_{index}"].array
+            if (np.minimum(held, size - 1) + tokens > rows).any():
+                raise EngineError(
+                    f"a step of {tokens} tokens does not fit: caches of the {size}-token window have {rows} rows; feed "
+                    f"at most {rows - size + 1} tokens a step, or make the session with a larger chunk or total"
+                )
+
     @property
     def rows(self) -> np.ndarray:
-        """Rows held [B] once the pending plan is executed."""
+        """Rows held [B] once the pending plan is executed; of the first window where no layer evicts."""
+        if not self.evicts:
+            return self._now["window_length_0"].array.copy()
         keep, length = self._now["keep"].array, self._now["length"].array
         return np.where(keep >= 0, keep, length)
 
@@ -134,7 +163,8 @@ class Session:
         """
         start = self.rows
         tokens = input_ids.shape[1]
-        if (start + tokens > self.capacity).any():
+        self._check_windows(tokens)
+        if self.evicts and (start + tokens > self.capacity).any():
             raise EngineError(
                 f"a step of {tokens} tokens does not fit: {int(start.max())} rows are held and the capacity is "
                 f"{self.capacity}; feed at most {self.capacity - int(start.max())} tokens a step"
@@ -151,7 +181,8 @@ class Session:
         binding.feed("logits_at", np.ascontiguousarray(logits_at, np.int64))
         binding.feed("count", count)
         binding.feed("position", self.position)
-        binding.feed("limit", limit)
+        if self.evicts:
+            binding.feed("limit", limit)
         for name in self._now:
             binding.input(name, self._now[name])
             binding.output(f"{name}_next", self._next[name])

@@ -6,7 +6,7 @@ Source of the statistics: TriAttention, arXiv 2604.04921: E[q_f] and E|q_f| of e
 import json
 import os
 import pickle
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +87,8 @@ class Statistics:
     layers: one entry per attention layer, in model order. tokens: how many were summed so far, out of
     tokens_planned, in sequences of `chunk` tokens. text_sha256: hash of the calibration text. model: identity
     of the model, at least architecture, config_sha256, weights_sha256, layers, query_heads, kv_heads and head_dim.
+    first_half: the layers over the first first_tokens tokens alone, about half of the text; empty where they are not
+    known (a run still in the first half, a text of one chunk, or a file from before they were kept).
     """
 
     layers: list[LayerStatistics]
@@ -95,6 +97,8 @@ class Statistics:
     text_sha256: str
     model: dict[str, str | int] = field(default_factory=dict)
     chunk: int = 0
+    first_half: list[LayerStatistics] = field(default_factory=list)
+    first_tokens: int = 0
 
 
 class QueryMoments:
@@ -140,6 +144,12 @@ class QueryMoments:
         self.abs_sum += np.hypot(by_token[..., real], by_token[..., imaginary]).sum(axis=0)
         self.tokens += len(by_token)
 
+    def merge(self, other: "QueryMoments") -> None:
+        """Add the sums of the same layer over other tokens."""
+        self.q_sum += other.q_sum
+        self.abs_sum += other.abs_sum
+        self.tokens += other.tokens
+
     def finish(self) -> LayerStatistics:
         """The means so far. Raises StatisticsError if no token was added, or if one was NaN or infinite."""
         if self.tokens == 0:
@@ -150,7 +160,8 @@ class QueryMoments:
 def save(statistics: Statistics, path: str | Path) -> None:
     """Write the statistics as safetensors; the file appears whole or not at all.
 
-    Tensors (float64) layers.NNN.q_mean, .q_abs and .inv_freq; everything else is JSON in the file's metadata.
+    Tensors (float64) layers.NNN.q_mean, .q_abs and .inv_freq, and where the first half is known layers.NNN.first_q_mean
+    and .first_q_abs; everything else is JSON in the file's metadata.
     Raises StatisticsError if the file cannot be written.
     """
     tensors, layers = {}, []
@@ -161,16 +172,20 @@ def save(statistics: Statistics, path: str | Path) -> None:
         rope = asdict(entry.rope)
         del rope["inv_freq"]
         layers.append({"layer": entry.layer, "rope": rope})
+    for entry in statistics.first_half:
+        for name, array in {"first_q_mean": entry.q_mean, "first_q_abs": entry.q_abs}.items():
+            tensors[_tensor_name(entry.layer, name)] = np.ascontiguousarray(array, dtype=np.float64)
     header = {
         "tokens": statistics.tokens,
         "tokens_planned": statistics.tokens_planned,
         "text_sha256": statistics.text_sha256,
         "model": statistics.model,
         "chunk": statistics.chunk,
+        "first_tokens": statistics.first_tokens,
         "layers": layers,
     }
     metadata = {"format": FORMAT, "version": VERSION, "statistics": json.dumps(header)}
-    _write(path, lambda temporary: save_file(tensors, temporary, metadata))
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def load(path: str | Path) -> Statistics:
@@ -186,6 +201,8 @@ def load(path: str | Path) -> Statistics:
             _check_version(metadata)
             header = json.loads(metadata["statistics"])
             layers = [_read_layer(file, entry) for entry in header["layers"]]
+            first_tokens = int(header.get("first_tokens", 0))
+            first_half = [_read_first_half(file, layer) for layer in layers] if first_tokens else []
         return Statistics(
             layers,
             int(header["tokens"]),
@@ -193,6 +210,8 @@ def load(path: str | Path) -> Statistics:
             str(header["text_sha256"]),
             dict(header["model"]),
             int(header["chunk"]),
+            first_half,
+            first_tokens,
         )
     except StatisticsError as error:
         raise StatisticsError(f"{path}: {error}") from error
@@ -257,7 +276,7 @@ def save_official(statistics: Statistics, path: str | Path) -> None:
                 "q_abs_mean": torch.tensor(magnitude, dtype=torch.float32),
             }
     metadata = {"head_dim": head_dim, "rope_style": OFFICIAL_STYLES[kind], "sampled_heads": sampled_heads}
-    _write(path, lambda temporary: torch.save({"metadata": metadata, "stats": stats}, temporary))
+    write_whole(path, lambda temporary: torch.save({"metadata": metadata, "stats": stats}, temporary))
 
 
 def load_official(
@@ -339,8 +358,11 @@ def _has_layer(stats: Mapping[str, Any], layer: int) -> bool:
     return any(name.startswith(f"layer{layer:02d}_") for name in stats)
 
 
-def _write(path: str | Path, writer: Any) -> None:
-    """Call writer(temporary path) in the target's folder, then move the result into place."""
+def write_whole(path: str | Path, writer: Callable[[Path], object]) -> None:
+    """Call writer(temporary path) in the target's folder, then move the result into place.
+
+    Raises StatisticsError if that cannot be done.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -385,6 +407,11 @@ def _read_layer(file: Any, entry: Mapping[str, Any]) -> LayerStatistics:
             f"{form.head_dim}; {RECALIBRATE}"
         )
     return LayerStatistics(layer, form, arrays["q_mean"], arrays["q_abs"])
+
+
+def _read_first_half(file: Any, whole: LayerStatistics) -> LayerStatistics:
+    q_mean, q_abs = (file.get_tensor(_tensor_name(whole.layer, name)) for name in ("first_q_mean", "first_q_abs"))
+    return LayerStatistics(whole.layer, whole.rope, q_mean, q_abs)
 
 
 def _check_official_form(layer: int, rope: RopeForm, metadata: Mapping[str, Any]) -> None:

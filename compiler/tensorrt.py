@@ -9,6 +9,7 @@ import torch
 
 from keysieve.compiler.config import CompileConfig, TensorRTConfig
 from keysieve.compiler.progress import Progress
+from keysieve.compiler.session import window_rows
 from keysieve.errors import ConfigError
 from keysieve.export.tensorrt import (
     LIBRARY,
@@ -28,6 +29,7 @@ from keysieve.passes.graph import Graph
 from keysieve.plugins.contract import SCORE, SELECT
 from keysieve.plugins.tensorrt.build import build_library, find_compiler
 
+NODES = ("score", "select", "update")
 RTX_ARCHITECTURES = (80, 86, 89, 120)  # GPUs that TensorRT-RTX and the kernels share, but for variants
 
 
@@ -53,10 +55,27 @@ def check_tensorrt(config: CompileConfig) -> Limits:
     return limits
 
 
+def window_capacities(config: CompileConfig, sizes: list[int]) -> tuple[int, ...]:
+    """Rows of the caches of windows of so many tokens, with room for the largest step."""
+    room = max(config.eviction.interval, config.tensorrt.chunk)
+    return tuple(window_rows(size, room) for size in sizes)
+
+
 def kernel_configuration(graph: Graph, dtype: str) -> KernelConfiguration:
     """What the GPU kernels of an engine graph are built for. Raises ConfigError for what they cannot do."""
-    (score,), (select,) = (graph.calls(op.default) for op in (torch.ops.keysieve.score, torch.ops.keysieve.select))
-    update = graph.calls(torch.ops.keysieve.update.default)[0]
+    scores, selects, updates = (graph.calls(getattr(torch.ops.keysieve, op).default) for op in NODES)
+    if not scores:
+        raise ConfigError(
+            "no layer of the model evicts (each keeps its sliding window), so the plugin has nothing to do; compile it "
+            "for --target onnxruntime"
+        )
+    (score,), (select,), update = scores, selects, updates[0]
+    shapes = {str([graph.shape(node.args[place])[axis] for place in (5, 6) for axis in (1, 3)]) for node in updates}  # type: ignore[arg-type]
+    if len(shapes) > 1:
+        raise ConfigError(
+            f"caches of this model have different KV heads or head sizes ({', '.join(sorted(shapes))}); the plugin "
+            "library has kernels for one shape; compile it for --target onnxruntime"
+        )
     attributes: dict[str, Any] = {}
     for node, call in ((SCORE, score), (SELECT, select)):
         attributes |= dict(zip(node.attributes, call.args[len(node.inputs) :], strict=True))

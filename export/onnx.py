@@ -1,10 +1,6 @@
 """export to ONNX: one file for prefill and decode, opset 24, with the plugin nodes and their function bodies."""
 
-import io
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +13,13 @@ from onnxscript.onnx_opset import opset24 as op
 
 import keysieve.plugins.torch_ops  # noqa: F401  (registers torch.ops.keysieve)
 from keysieve.errors import ExportError
+from keysieve.export.translate import translate
 from keysieve.passes.graph import Graph
 from keysieve.plugins.contract import DOMAIN, NAMESPACE, SCORE, SELECT, UPDATE, PluginNode
-from keysieve.plugins.onnx.body import OPSET
 from keysieve.plugins.onnx.functions import score_function, select_function, update_function
 
 TENSOR_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(int32)", "tensor(int64)"]
-DIMENSIONS = {"input_ids": ("batch", "tokens"), "logits_at": ("batch", "wanted"), "key_0": ("batch", None, "capacity")}
+DIMENSIONS = {"input_ids": ("batch", "tokens"), "logits_at": ("batch", "wanted")}
 
 
 def export_onnx(graph: Graph, path: Path, metadata: dict[str, str], inline: bool = False) -> None:
@@ -34,10 +30,11 @@ def export_onnx(graph: Graph, path: Path, metadata: dict[str, str], inline: bool
     """
     functions = _functions(graph)
     program = graph.program()
-    layers = sum(name.startswith("key_") for name in graph.inputs)
-    model = _translate(program, list(graph.inputs), list(graph.outputs), _translations(layers, inline))
+    scored = [score.args[5] for score in graph.calls(torch.ops.keysieve.score.default)]
+    layers = sum(len(keys) for keys in scored)  # type: ignore[arg-type,misc]
+    model = translate(program, list(graph.inputs), list(graph.outputs), _translations(layers, inline))
     _simplify(model)
-    _name_dimensions(model)
+    _name_dimensions(model, {str(size.node.expr): name for name, size in graph.symbols.items()})
     model.metadata_props.update(metadata)
     model.producer_name = "keysieve"
     for function in functions:
@@ -55,8 +52,10 @@ def export_onnx(graph: Graph, path: Path, metadata: dict[str, str], inline: bool
 
 
 def _functions(graph: Graph) -> list[FunctionProto]:
-    """Bodies made from the arguments of the graph's own nodes."""
+    """Bodies made from the arguments of the graph's own nodes; a graph in which no layer evicts needs one."""
     ops = torch.ops.keysieve
+    if not graph.calls(ops.score.default):
+        return [update_function()]
     score, select = graph.calls(ops.score.default)[0], graph.calls(ops.select.default)[0]
     centre, keys = score.args[3], score.args[5]
     policy, query_heads, rotary_dim, interleaved = score.args[6:]
@@ -71,47 +70,6 @@ def _functions(graph: Graph) -> list[FunctionProto]:
 
 
 # -- translation -----------------------------------------------------------------------------------------------------
-
-
-def _translate(
-    program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], table: dict[Any, Any]
-) -> ir.Model:
-    try:
-        with _quiet():
-            onnx_program = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=inputs,
-                output_names=outputs,
-                custom_translation_table=table,
-                optimize=False,
-                verbose=False,
-            )
-    except torch.onnx.errors.OnnxExporterError as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise ExportError(f"a node of the graph has no ONNX form: {cause}") from error
-    if onnx_program is None:
-        raise ExportError("torch.onnx.export returned nothing")
-    return onnx_program.model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's own progress and its warnings about packages nobody needs here off the terminal."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _translations(layers: int, inline: bool) -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -245,9 +203,8 @@ def _simplify(model: ir.Model) -> None:
         step(model)
 
 
-def _name_dimensions(model: ir.Model) -> None:
-    """Rename torch's dimension symbols to batch, tokens, capacity and wanted."""
-    names: dict[str, str] = {}
+def _name_dimensions(model: ir.Model, names: dict[str, str]) -> None:
+    """Rename torch's dimension symbols to batch, tokens, wanted, and those of the caches by `names`."""
     for value in model.graph.inputs:
         for size, name in zip(value.shape or (), DIMENSIONS.get(value.name or "", ()), strict=False):
             if name and isinstance(size, ir.SymbolicDim) and size.value:

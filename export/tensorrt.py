@@ -40,13 +40,15 @@ Report = Callable[[str, int, int], None]  # phase, steps done, steps in all
 class Limits:
     """What an engine is built to serve: `batch` sequences, `capacity` rows, `chunk` new tokens in one step.
 
-    `typical` is the capacity that its kernels are chosen for, None for half of the greatest.
+    `typical` is the capacity that its kernels are chosen for, None for half of the greatest. `windows` are the rows of
+    the caches of each sliding window.
     """
 
     batch: int = 8
     capacity: int = 4096
     chunk: int = 512
     typical: int | None = None
+    windows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("batch", "capacity", "chunk"):
@@ -66,6 +68,7 @@ class Limits:
         common = {
             "batch": (1, 1, self.batch),
             "capacity": (1, self.typical or -(-self.capacity // 2), self.capacity),
+            **{f"window_{index}": (1, rows, rows) for index, rows in enumerate(self.windows)},
         }
         return {
             "decode": {**common, "tokens": (1, 1, 1), "wanted": (0, 1, 1)},
@@ -121,11 +124,15 @@ def write_parser_model(model: Path) -> Path:
     _fold_constants(graph)
     for node in graph.graph:
         if node.domain == DOMAIN:
-            layer = f".{node.attributes['layer'].as_int()}" if node.op_type == UPDATE.name else ""
+            layer = f".{_name(node.inputs[5]).removeprefix('key_')}" if node.op_type == UPDATE.name else ""
             node.name = f"{node.op_type}{layer}"
     output = model.with_name(PARSER_MODEL)
     onnx.save(ir.serde.serialize_model(graph), str(output))
     return output
+
+
+def _name(value: ir.Value | None) -> str:
+    return (value.name if value is not None else None) or ""
 
 
 def _fold_constants(model: ir.Model) -> None:

@@ -1,9 +1,14 @@
-"""find_attention: list every attention node of a captured graph, in layer order."""
+"""find_attention: list every attention node of a captured graph, in layer order, and what each may see.
+
+The model's own mask is evaluated (see mask_span) and replaced by the window or chunk that it was found to be.
+"""
 
 import torch
+from torch.fx import Node
 
 from keysieve.errors import MatchError
 from keysieve.passes.graph import Graph
+from keysieve.passes.mask_span import Span, mask_span
 from keysieve.passes.result import Attention, Found, Miss
 
 
@@ -13,12 +18,23 @@ def find_attention(graph: Graph) -> Found[Attention]:
     Raises MatchError where the graph has none.
     """
     found: Found[Attention] = Found([])
+    spans: dict[Node, Span | str] = {}
     calls = graph.calls(torch.ops.keysieve.attention.default)
     numbers = [int(node.args[-1]) for node in calls]  # type: ignore[arg-type]
     if min(numbers, default=0) < 0 or len(set(numbers)) < len(numbers):
         numbers = list(range(len(calls)))
     for index, (number, node) in enumerate(zip(numbers, calls, strict=True)):
-        query, key, value, sinks, scale, window, softcap, _ = node.args
+        query, key, value, sinks, mask, scale, window, chunk, softcap, _ = node.args
+        span = Span(int(window), int(chunk))  # type: ignore[arg-type]
+        if mask is not None:
+            if mask not in spans:
+                spans[mask] = mask_span(graph, mask)  # type: ignore[arg-type,index]
+            said = spans[mask]  # type: ignore[index]
+            if isinstance(said, str):
+                found.misses.append(Miss(number, node.name, said))
+                continue
+            span = Span(min(filter(None, (span.window, said.window)), default=0), said.chunk)
+            node.args = (query, key, value, sinks, None, scale, span.window, span.chunk, softcap, number)
         attention = Attention(
             layer=index,
             number=number,
@@ -28,7 +44,8 @@ def find_attention(graph: Graph) -> Found[Attention]:
             value=value,  # type: ignore[arg-type]
             sinks=sinks,  # type: ignore[arg-type]
             scale=float(scale),  # type: ignore[arg-type]
-            window=int(window),  # type: ignore[arg-type]
+            window=span.window,
+            chunk=span.chunk,
             softcap=float(softcap),  # type: ignore[arg-type]
         )
         reason = _unsupported(attention)
@@ -47,10 +64,6 @@ def find_attention(graph: Graph) -> Found[Attention]:
 def _unsupported(attention: Attention) -> str | None:
     if attention.query_heads % attention.kv_heads:
         return f"{attention.query_heads} query heads are not a multiple of {attention.kv_heads} KV heads"
-    if attention.window:
-        return f"sliding window of {attention.window} tokens: not supported yet (only full attention evicts)"
-    if attention.softcap:
-        return f"attention softcap {attention.softcap}: not supported yet"
-    if attention.sinks is not None:
-        return "attention-sink logits: not supported yet"
+    if attention.window and attention.chunk:
+        return f"a sliding window of {attention.window} tokens in chunks of {attention.chunk}: one of both is supported"
     return None

@@ -182,6 +182,7 @@ class Graph:
         """The edited graph as an ExportedProgram with inputs and outputs in the order of the dicts."""
         self.output_node.args = (tuple(self.outputs.values()),)
         self.closed = True
+        self._share_sizes()
         self.fx.eliminate_dead_code()
         for node in [n for n in self.specs if not n.users]:
             self.remove(node)
@@ -215,6 +216,12 @@ class Graph:
             constants=constants,
             verifiers=old.verifiers,
         )
+
+    def _share_sizes(self) -> None:
+        """Read every dynamic size once, from the first tensor that has it."""
+        first: dict[str, Node] = {}
+        for node in self.calls(SYM_SIZE):
+            node.replace_all_uses_with(first.setdefault(str(node.meta["val"]), node))
 
 
 def _replace_dtypes(value: Any, wanted: torch.dtype) -> Any:

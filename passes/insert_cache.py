@@ -7,15 +7,20 @@ becomes
 
 position_ids is replaced by position [B] + arange(S); the mask lets token s of a sequence see the rows held before
 this step and the rows of this step up to its own.
+
+A layer with full attention executes the plan of the last step. One with a sliding window (or chunks) of W tokens
+follows a plan of its own, made in the same step: when the new tokens find no room, the last W - 1 rows move to the
+front, which are all that any later token can see. So its cache holds consecutive tokens, and the result is exact.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.fx import Node
 
 from keysieve.errors import MatchError
 from keysieve.passes.graph import Graph
+from keysieve.passes.mask_span import Span
 from keysieve.passes.result import Attention
 from keysieve.plugins.contract import plan_shape
 
@@ -23,85 +28,208 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
+class Window:
+    """Layers of one shape that see no further back than `span`; they share the input window_length_<index>."""
+
+    span: Span
+    kv_heads: int
+    layers: list[int] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """W: tokens that a token sees at most, itself included."""
+        return self.span.window or self.span.chunk
+
+
+@dataclass(frozen=True)
 class Cache:
     """Nodes that insert_eviction builds on.
 
-    positions [B,S] int64; position [B] int64 = T, the absolute position after this step's tokens;
-    count, length (rows held after the append) [B] int32; keys: one [B,Hkv,C,D] a layer.
+    positions [B,S] int64; position [B] int64 = T, the absolute position after this step's tokens; count [B] int32;
+    length (rows held after the append) [B] int32 and keys (one [B,Hkv,C,D] a layer) of the layers that evict, None and
+    none where no layer does; windows: the others.
     """
 
     positions: Node
     position: Node
     count: Node
-    length: Node
+    length: Node | None
     keys: list[Node]
+    windows: list[Window]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What the caches of some layers have in common: where rows go, and which of them the new tokens see.
+
+    length, plan and keep as `update` takes them; held [B]: rows after the append; mask [B,1,S,C] bool.
+    """
+
+    length: Node
+    plan: Node
+    keep: Node
+    held: Node
+    mask: Node
+
+
+def group_windows(attentions: list[Attention]) -> list[Window]:
+    """The windows of a model, in the order of their first layers."""
+    windows: dict[tuple[Span, int], Window] = {}
+    for attention in attentions:
+        if not attention.evicts:
+            kind = Span(attention.window, attention.chunk), attention.kv_heads
+            windows.setdefault(kind, Window(*kind)).layers.append(attention.layer)
+    return list(windows.values())
 
 
 def insert_cache(graph: Graph, attentions: list[Attention], scope: str) -> Cache:
-    """Add the inputs count, position, length, plan, keep, key_<l>, value_<l>; outputs of the same names end in _next.
+    """Add the inputs count, position, key_<l>, value_<l>; outputs of the same names end in _next.
 
-    Raises MatchError where layers have different shapes (they share one score and one select node).
+    Where layers evict: length, plan and keep too. For every window: window_length_<index>.
+    Raises MatchError where layers that evict have different shapes (they share one score and one select node).
     """
-    _check_equal_shapes(attentions)
-    first = attentions[0]
+    evicting = [attention for attention in attentions if attention.evicts]
+    windows = group_windows(attentions)
+    _check_equal_shapes(evicting)
     batch = graph.shape(graph.inputs["input_ids"])[0]
-    capacity = graph.symbol("C")
-    dtype = first.key.meta["val"].dtype
     count = graph.input("count", (batch,), torch.int32)
     position = graph.input("position", (batch,), torch.int64)
-    length = graph.input("length", (batch,), torch.int32)
-    plan = graph.input("plan", plan_shape(scope, len(attentions), batch, first.kv_heads, capacity), torch.int32)
-    keep = graph.input("keep", (batch,), torch.int32)
-    caches = []
-    for attention in attentions:
-        key = graph.input(f"key_{attention.layer}", (batch, first.kv_heads, capacity, first.head_dim), dtype)
-        value = graph.input(f"value_{attention.layer}", (batch, first.kv_heads, capacity, first.value_dim), dtype)
-        caches.append((key, value))
+    if evicting:
+        first = evicting[0]
+        shape = plan_shape(scope, len(evicting), batch, first.kv_heads, graph.symbol("capacity"))
+        length = graph.input("length", (batch,), torch.int32)
+        plan = graph.input("plan", shape, torch.int32)
+        keep = graph.input("keep", (batch,), torch.int32)
+    caches = _cache_inputs(graph, attentions, windows)
+    window_lengths = [graph.input(f"window_length_{index}", (batch,), torch.int32) for index in range(len(windows))]
 
     call = graph.call
     old_positions = graph.inputs["position_ids"]
+    rows: dict[int, _Rows] = {}  # by layer
     with graph.before(graph.first_call()):
-        token_count = graph.size(graph.inputs["input_ids"], 1)
-        steps = call(aten.arange.default, token_count, dtype=torch.int64)
+        steps = call(aten.arange.default, graph.size(graph.inputs["input_ids"], 1), dtype=torch.int64)
         positions = call(aten.add.Tensor, call(aten.unsqueeze.default, position, 1), steps)
-        planned = call(aten.ge.Scalar, keep, 0)
-        start = call(aten.where.self, planned, keep, length)
-        held = call(aten.add.Tensor, start, count)
         end = call(aten.add.Tensor, position, count)
-        rows = call(aten.arange.default, graph.size(caches[0][0], 2), dtype=torch.int64)
-        newest = call(aten.add.Tensor, call(aten.unsqueeze.default, start, 1), steps)  # [B,S]: the row of each token
-        mask = call(aten.le.Tensor, rows, call(aten.unsqueeze.default, newest, 2))  # [B,S,C]
-        mask = call(aten.unsqueeze.default, mask, 1)
+        if evicting:
+            shared = _planned_rows(graph, caches[first.layer][0], steps, count, length, plan, keep)
+            graph.outputs["length_next"] = shared.held
+            rows |= {attention.layer: shared for attention in evicting}
+        for index, (window, held) in enumerate(zip(windows, window_lengths, strict=True)):
+            example, plan_heads = caches[window.layers[0]][0], plan_shape(scope, 1, batch, window.kv_heads, None)[2]
+            trimmed = _window_rows(graph, window, example, plan_heads, steps, positions, count, held)
+            graph.outputs[f"window_length_{index}_next"] = trimmed.held
+            rows |= dict.fromkeys(window.layers, trimmed)
     old_positions.replace_all_uses_with(positions)
     graph.remove(old_positions)
 
-    keys = []
-    for index, (attention, (key, value)) in enumerate(zip(attentions, caches, strict=True)):
-        node = attention.node
-        with graph.before(node):
+    keys: list[Node] = []
+    for attention in attentions:
+        key, value = caches[attention.layer]
+        place, where = attention.node, rows[attention.layer]
+        with graph.before(place):
             updated = call(
                 torch.ops.keysieve.update.default,
-                attention.key, attention.value, length, plan, keep, key, value, index,
+                attention.key, attention.value, where.length, where.plan, where.keep, key, value,
+                len(keys) if attention.evicts else 0,
             )  # fmt: skip
             key_next, value_next = graph.item(updated, 0), graph.item(updated, 1)
-            attend = call(
-                torch.ops.keysieve.attend.default, attention.query, key_next, value_next, mask, attention.scale
-            )
-        node.replace_all_uses_with(attend)
-        graph.fx.erase_node(node)
+            attend = _attend(graph, attention, key_next, value_next, where.mask)
+        place.replace_all_uses_with(attend)
+        graph.fx.erase_node(place)
         graph.outputs[f"{key.name}_next"] = key_next
         graph.outputs[f"{value.name}_next"] = value_next
-        keys.append(key_next)
-    graph.outputs["length_next"] = held
-    return Cache(positions, end, count, held, keys)
+        if attention.evicts:
+            keys.append(key_next)
+    return Cache(positions, end, count, shared.held if evicting else None, keys, windows)
+
+
+def _cache_inputs(graph: Graph, attentions: list[Attention], windows: list[Window]) -> list[tuple[Node, Node]]:
+    """key_<l> [B,Hkv,C,D] and value_<l> [B,Hkv,C,Dv] of every layer; each window has a capacity of its own."""
+    batch = graph.shape(graph.inputs["input_ids"])[0]
+    capacity = {layer: f"window_{index}" for index, window in enumerate(windows) for layer in window.layers}
+    caches = []
+    for attention in attentions:
+        rows = graph.symbol(capacity.get(attention.layer, "capacity"))
+        dtype = attention.key.meta["val"].dtype
+        key = graph.input(f"key_{attention.layer}", (batch, attention.kv_heads, rows, attention.head_dim), dtype)
+        value = graph.input(f"value_{attention.layer}", (batch, attention.kv_heads, rows, attention.value_dim), dtype)
+        caches.append((key, value))
+    return caches
+
+
+def _planned_rows(graph: Graph, cache: Node, steps: Node, count: Node, length: Node, plan: Node, keep: Node) -> _Rows:
+    """Rows by the plan of the last step."""
+    call = graph.call
+    start = call(aten.where.self, call(aten.ge.Scalar, keep, 0), keep, length)
+    rows = call(aten.arange.default, graph.size(cache, 2), dtype=torch.int64)
+    newest = call(aten.add.Tensor, call(aten.unsqueeze.default, start, 1), steps)  # [B,S]: the row of each token
+    mask = call(aten.le.Tensor, rows, call(aten.unsqueeze.default, newest, 2))  # [B,S,C]
+    return _Rows(length, plan, keep, call(aten.add.Tensor, start, count), call(aten.unsqueeze.default, mask, 1))
+
+
+def _window_rows(
+    graph: Graph, window: Window, cache: Node, plan_heads: int, steps: Node, positions: Node, count: Node, length: Node
+) -> _Rows:
+    """Rows of consecutive tokens, of which the last W - 1 stay when there is no room for S more."""
+    call, needed = graph.call, window.size - 1
+    rows = call(aten.arange.default, graph.size(cache, 2), dtype=torch.int64)
+    full = call(aten.add.Tensor, length, graph.size(graph.inputs["input_ids"], 1))
+    crowded = call(aten.gt.Tensor, full, call(aten.full.default, [1], graph.size(cache, 2), dtype=torch.int64))
+    trimmed = call(aten.bitwise_and.Tensor, crowded, call(aten.gt.Scalar, length, needed))
+    nothing = call(aten.full_like.default, length, -1)
+    keep = call(aten.where.self, trimmed, call(aten.full_like.default, length, needed), nothing)
+    start = call(aten.where.self, trimmed, keep, length)
+
+    first = call(aten.clamp.default, call(aten.sub.Tensor, length, needed), 0)
+    plan = call(aten.add.Tensor, call(aten.unsqueeze.default, first, 1), rows)
+    plan = call(aten.to.dtype, call(aten.unsqueeze.default, call(aten.unsqueeze.default, plan, 1), 0), torch.int32)
+    plan = call(aten.expand.default, plan, [-1, -1, plan_heads, -1])  # [1,B,Hp,C]
+
+    behind = call(aten.sub.Tensor, graph.inputs["position"], start)  # [B]: the position of row 0
+    key = call(aten.unsqueeze.default, call(aten.add.Tensor, call(aten.unsqueeze.default, behind, 1), rows), 1)
+    query = call(aten.unsqueeze.default, positions, 2)
+    mask = call(aten.le.Tensor, key, query)  # [B,S,C]
+    if window.span.window:
+        near = call(aten.lt.Scalar, call(aten.sub.Tensor, query, key), window.size)
+    else:
+        near = call(aten.eq.Tensor, *(call(aten.floor_divide.default, side, window.size) for side in (query, key)))
+    mask = call(aten.unsqueeze.default, call(aten.bitwise_and.Tensor, mask, near), 1)
+    return _Rows(length, plan, keep, call(aten.add.Tensor, start, count), mask)
+
+
+def _attend(graph: Graph, attention: Attention, key: Node, value: Node, mask: Node) -> Node:
+    """[B,Hq,S,Dv]: one node, or plain operations where logits are capped or sinks take their share."""
+    call, query = graph.call, attention.query
+    if not attention.softcap and attention.sinks is None:
+        return call(torch.ops.keysieve.attend.default, query, key, value, mask, attention.scale)
+    batch, tokens = (graph.size(graph.inputs["input_ids"], axis) for axis in (0, 1))
+    heads, kv_heads, dtype = attention.query_heads, attention.kv_heads, query.meta["val"].dtype
+    # The query heads of a KV head become rows of it, so that no K or V is repeated.
+    rows = call(aten.reshape.default, query, [batch, kv_heads, -1, attention.head_dim])
+    logits = call(aten.matmul.default, rows, call(aten.transpose.int, key, 2, 3))
+    logits = call(aten.reshape.default, logits, [batch, heads, tokens, graph.size(key, 2)])
+    logits = call(aten.mul.Tensor, call(aten.to.dtype, logits, torch.float32), attention.scale)
+    if attention.softcap:
+        capped = call(aten.tanh.default, call(aten.div.Tensor, logits, attention.softcap))
+        logits = call(aten.mul.Tensor, capped, attention.softcap)
+    logits = call(aten.where.ScalarOther, mask, logits, float("-inf"))
+    if attention.sinks is not None:
+        sinks = call(aten.reshape.default, call(aten.to.dtype, attention.sinks, torch.float32), [1, heads, 1, 1])
+        logits = call(aten.cat.default, [logits, call(aten.expand.default, sinks, [batch, -1, tokens, -1])], 3)
+    weights = call(aten.softmax.int, logits, 3)
+    if attention.sinks is not None:
+        weights = call(aten.slice.Tensor, weights, 3, 0, -1)
+    weights = call(aten.to.dtype, weights, dtype)
+    weights = call(aten.reshape.default, weights, [batch, kv_heads, -1, graph.size(key, 2)])
+    result = call(aten.matmul.default, weights, value)
+    return call(aten.reshape.default, result, [batch, heads, tokens, attention.value_dim])
 
 
 def _check_equal_shapes(attentions: list[Attention]) -> None:
-    first = attentions[0]
     for other in attentions[1:]:
         for what in ("query_heads", "kv_heads", "head_dim", "value_dim"):
-            if getattr(first, what) != getattr(other, what):
+            if getattr(attentions[0], what) != getattr(other, what):
                 raise MatchError(
-                    f"layer {other.number} has {what} {getattr(other, what)}, layer {first.number} has "
-                    f"{getattr(first, what)}: layers of different shapes are not supported yet"
+                    f"layer {other.number} has {what} {getattr(other, what)}, layer {attentions[0].number} has "
+                    f"{getattr(attentions[0], what)}: layers that evict must have one shape"
                 )

@@ -4,10 +4,10 @@
     q @ k.T * scale + mask -> softmax -> dropout -> @ v
     (whatever attention_forms reads)
 become
-    q, k, v -> keysieve::attention(scale, window)
+    q, k, v -> keysieve::attention(scale, window or chunk)
 
 Matched means verified here too: the subgraph from q, k and v to the result is evaluated on random numbers, and the
-mask on real positions; the rewrite happens only if causal attention of that scale and window gives the same.
+mask on real positions (mask_span); the rewrite happens only if causal attention of that scale and span gives the same.
 """
 
 import math
@@ -15,9 +15,10 @@ import math
 import torch
 from torch.fx import Node
 
-from keysieve.kernels.reference import attend
+from keysieve.kernels.reference import attend, visible
 from keysieve.passes.attention_forms import Anchor, read_attentions
 from keysieve.passes.graph import Graph
+from keysieve.passes.mask_span import EVALUATION_ERRORS, Span, mask_span
 from keysieve.passes.result import Miss
 
 aten = torch.ops.aten
@@ -31,7 +32,6 @@ SHAPE_ONLY = {
     aten.contiguous.default,
     aten.repeat_interleave.self_int,
 }
-LONGEST_WINDOW = 16384
 TOLERANCE = 1e-9
 
 
@@ -53,21 +53,22 @@ def lower_attention(graph: Graph) -> list[Miss]:
 
 def _rewrite(graph: Graph, anchor: Anchor, layer: int) -> str | None:
     """Verify one anchor and replace it; returns the reason where it cannot be."""
-    window = 0
+    span = Span()
     if anchor.mask is not None:
-        found = _mask_window(graph, anchor.mask)
+        found = mask_span(graph, anchor.mask)
         if isinstance(found, str):
             return found
-        window = found
+        span = found
     elif not anchor.causal:
         return "attention has no mask, so it is not causal"
     key, value = _unrepeated(graph, anchor.key), _unrepeated(graph, anchor.value)
-    if not _verified(graph, anchor, key, value, window):
+    if not _verified(graph, anchor, key, value, span):
         return "the result is not causal softmax attention of its query, key and value"
     with graph.before(anchor.result):
         attention = graph.call(
-            torch.ops.keysieve.attention.default, anchor.query, key, value, None, anchor.scale, window, 0.0, layer
-        )
+            torch.ops.keysieve.attention.default,
+            anchor.query, key, value, None, None, anchor.scale, span.window, span.chunk, 0.0, layer,
+        )  # fmt: skip
     anchor.result.replace_all_uses_with(attention)
     graph.fx.erase_node(anchor.result)
     graph.fx.eliminate_dead_code()
@@ -85,29 +86,6 @@ def _unrepeated(graph: Graph, node: Node) -> Node:
     return best
 
 
-def _mask_window(graph: Graph, mask: Node) -> int | str:
-    """0 for a causal mask, w for a causal sliding window of w tokens, or the reason why it is neither."""
-    data = graph.depends_on([graph.inputs["input_ids"]])
-    if mask in data:
-        return "the attention mask depends on the tokens"
-    constants = [0]
-    for node in graph.ancestors([mask]):
-        constants += [abs(arg) for arg in node.args if isinstance(arg, int) and abs(arg) <= 1 << 40]
-    if max(constants) > LONGEST_WINDOW:
-        return f"the attention mask has a window of up to {max(constants)} tokens, too long to be verified"
-    size = max(constants) + 8
-    seen = graph.evaluate(mask, _sizes_and_positions(graph, 1, size))
-    seen = seen if seen.dtype == torch.bool else seen > -1e4
-    seen = seen.reshape(-1, *seen.shape[-2:])[0]
-    causal = torch.ones(size, size, dtype=torch.bool).tril()
-    window = int(seen[-1].sum())
-    if torch.equal(seen, causal):
-        return 0
-    if torch.equal(seen, causal.triu(1 - window)):
-        return window
-    return "the attention mask is neither causal nor a causal sliding window"
-
-
 def _sizes_and_positions(graph: Graph, batch: int, size: int) -> dict[Node, torch.Tensor]:
     return {
         graph.inputs["input_ids"]: torch.zeros(batch, size, dtype=torch.long),
@@ -115,7 +93,7 @@ def _sizes_and_positions(graph: Graph, batch: int, size: int) -> dict[Node, torc
     }
 
 
-def _verified(graph: Graph, anchor: Anchor, key: Node, value: Node, window: int) -> bool:
+def _verified(graph: Graph, anchor: Anchor, key: Node, value: Node, span: Span) -> bool:
     batch, size = 2, 7
     generator = torch.Generator().manual_seed(0)
     tensors = {}
@@ -124,11 +102,10 @@ def _verified(graph: Graph, anchor: Anchor, key: Node, value: Node, window: int)
         tensors[node] = torch.randn(batch, heads, size, dim, dtype=torch.float64, generator=generator)
     try:
         result = graph.evaluate(anchor.result, {**_sizes_and_positions(graph, batch, size), **tensors})
-    except (RuntimeError, ValueError, KeyError, TypeError, IndexError):
+    except EVALUATION_ERRORS:
         return False
-    mask = torch.ones(size, size, dtype=torch.bool).tril()
-    if window:
-        mask = mask.triu(1 - window)
+    rows = torch.arange(size)
+    mask = visible(rows[:, None], rows, span.window, span.chunk)
     query, key_rows, value_rows = tensors[anchor.query], tensors[key], tensors[value]
     expected = attend(query, key_rows, value_rows, mask[None, None], anchor.scale)
     return math.isfinite(anchor.scale) and torch.allclose(result, expected, rtol=0, atol=TOLERANCE)

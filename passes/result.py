@@ -24,7 +24,7 @@ class Miss:
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention node: query [B,Hq,S,D], key and value [B,Hkv,S,D]; window and softcap are 0 when absent.
+    """One attention node: query [B,Hq,S,D], key and value [B,Hkv,S,D]; window, chunk and softcap are 0 when absent.
 
     layer counts the attentions from 0; number is the model's own number of the layer, where not all have attention.
     """
@@ -38,7 +38,13 @@ class Attention:
     sinks: Node | None
     scale: float
     window: int
+    chunk: int
     softcap: float
+
+    @property
+    def evicts(self) -> bool:
+        """Its cache grows with the text, so rows of it are evicted; the others hold their window and no more."""
+        return not (self.window or self.chunk)
 
     @property
     def query_heads(self) -> int:

@@ -16,28 +16,32 @@ def attention(
     key: Tensor,
     value: Tensor,
     sinks: Tensor | None,
+    mask: Tensor | None,
     scale: float,
     window: int,
+    chunk: int,
     softcap: float,
     layer: int,
 ) -> Tensor:
     """Causal attention of one layer, as captured: query [B,Hq,S,D], key/value [B,Hkv,S,D] -> [B,Hq,S,Dv].
 
-    sinks [Hq]: logits of attention sinks; window: sliding window in tokens, 0 for none; softcap 0 for none.
+    sinks [Hq]: logits of attention sinks; mask [B,1,S,S] bool: what of the causal past is seen, as the model says it
+    (find_attention puts window and chunk in its place); window: a token sees itself and window - 1 before it;
+    chunk: it sees those of its own chunk, which starts at a multiple of that many tokens; softcap; 0 for none of each.
     """
-    if not (window or softcap or sinks is not None):
+    if not (window or chunk or softcap or sinks is not None or mask is not None):
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=True
         )
-    size = query.shape[2]
-    mask = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
-    if window:
-        mask = mask.triu(1 - window)
-    return reference.attend(query, key, value, mask[None, None], scale, softcap, sinks)
+    rows = torch.arange(query.shape[2], device=query.device)
+    seen = reference.visible(rows[:, None], rows, window, chunk)[None, None]
+    if mask is not None:
+        seen = seen & mask
+    return reference.attend(query, key, value, seen, scale, softcap, sinks)
 
 
 @attention.register_fake
-def _(query, key, value, sinks, scale, window, softcap, layer):  # type: ignore[no-untyped-def]
+def _(query, key, value, sinks, mask, scale, window, chunk, softcap, layer):  # type: ignore[no-untyped-def]
     return query.new_empty(*query.shape[:3], value.shape[3])
 
 

@@ -52,12 +52,12 @@ def prompt_text(text: str) -> str:
     return text
 
 
-def output_file(path: Path) -> Path:
+def output_file(path: Path, option: str = "-o") -> Path:
     """The path of a result, refused before the work if it cannot become a file."""
     if path.is_dir():
-        raise UsageError(f"-o {path} is a folder; give the name of a file")
+        raise UsageError(f"{option} {path} is a folder; give the name of a file")
     if not path.parent.is_dir():
-        raise UsageError(f"-o {path}: there is no folder {path.parent}; create it first")
+        raise UsageError(f"{option} {path}: there is no folder {path.parent}; create it first")
     return path
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from keysieve.compiler.cli.terminal import human_bytes
@@ -51,17 +52,19 @@ def policy_of(eviction: Mapping[str, Any]) -> str:
 
 def has_rope(layers: Iterable["LayerReport"]) -> bool:
     """Whether any layer has a rotary embedding that matched; without one a model cannot be compiled."""
-    return any(layer.matched and layer.rope_form != "nope" for layer in layers)
+    return any(layer.matched and layer.rope_form not in (None, "nope") for layer in layers)
 
 
 def layer_rows(layers: Sequence["LayerReport"]) -> list[tuple[str, str, str, str]]:
     """(layers, kind, RoPE form, what happens) rows; equal neighbours share one."""
     rows, fate = [], "evicts" if has_rope(layers) else "has no rotary embedding"
-    for _, group in groupby(layers, key=lambda layer: (layer.kind, layer.rope_form, layer.matched, layer.reason)):
+    alike = attrgetter("kind", "window", "rope_form", "matched", "reason")
+    for _, group in groupby(layers, key=alike):
         members = list(group)
         first, last = members[0], members[-1]
         name = f"layer {first.layer}" if first is last else f"layers {first.layer}-{last.layer}"
         node = first.node if first is last else f"{first.node} to {last.node}"
-        outcome = fate if first.matched else f"does not match, node {node}: {first.reason}"
+        kept = f"keeps its window of {first.window:,} tokens" if first.window else fate
+        outcome = kept if first.matched else f"does not match, node {node}: {first.reason}"
         rows.append((name, first.kind, first.rope_form or "-", outcome))
     return rows

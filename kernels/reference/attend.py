@@ -4,6 +4,16 @@ import torch
 from torch import Tensor
 
 
+def visible(query: Tensor, key: Tensor, window: int, chunk: int) -> Tensor:
+    """Does the token at position `query` see the one at `key`? Integers that broadcast; 0 for no window, no chunks."""
+    seen = key <= query
+    if window:
+        seen = seen & (query - key < window)
+    if chunk:
+        seen = seen & (query // chunk == key // chunk)
+    return seen
+
+
 def attend(
     query: Tensor,
     key: Tensor,

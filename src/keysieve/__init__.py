@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from keysieve.compiler.engine import load
     from keysieve.compiler.inspect import inspect
     from keysieve.compiler.models import models
+    from keysieve.compiler.statistics_report import statistics_report
     from keysieve.errors import (
         BundleError,
         CaptureError,
@@ -38,6 +39,7 @@ __all__ = [
     "models",
     "compare",
     "doctor",
+    "statistics_report",
     # their options
     "PolicyConfig",
     "EvictionConfig",
@@ -61,6 +63,7 @@ _HOMES = {
     "models": "keysieve.compiler.models",
     "compare": "keysieve.compiler.compare",
     "doctor": "keysieve.compiler.doctor",
+    "statistics_report": "keysieve.compiler.statistics_report",
     "PolicyConfig": "keysieve.compiler.config",
     "EvictionConfig": "keysieve.compiler.config",
     "CompileConfig": "keysieve.compiler.config",

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import MistralConfig
+from transformers import Qwen2Config
 
 from keysieve.compiler.config import EvictionConfig
 from keysieve.compiler.inspect import Report, inspect, report_of
@@ -14,6 +14,7 @@ from keysieve.compiler.pipeline import find
 from keysieve.compiler.progress import Progress
 from keysieve.errors import BundleError, CaptureError
 from support.bundles import tiny_bundle, tiny_folder
+from support.families import family_model
 from support.tiny_models import VOCABULARY
 
 SMALL = EvictionConfig(budget=48, interval=16, sinks=2, recent=8)
@@ -82,27 +83,28 @@ def test_dtype_decides_the_bytes(root: Path, tmp_path: Path) -> None:
     assert (report.dtype, report.kv_bytes_per_token) == ("float16", 2 * 4 * 32 * 2)
 
 
+def test_layers_of_every_kind(tmp_path: Path) -> None:
+    """Windows hold their own rows; a miss has layer, node and reason."""
+    config = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    config |= {"num_key_value_heads": 2, "sliding_window": 64, "architectures": ["Qwen2ForCausalLM"]}
+    kinds = ["sliding_attention", "full_attention"]
+    Qwen2Config(**config, num_hidden_layers=2, layer_types=kinds, use_sliding_window=True).save_pretrained(tmp_path)
+    report = inspect(tmp_path, SMALL, progress=QUIET)
+    assert report.architecture == "Qwen2ForCausalLM"
+    found = [(layer.layer, layer.kind, layer.matched, layer.rope_form, layer.window) for layer in report.layers]
+    assert found == [(0, "sliding", True, "half_split", 64), (1, "full", True, "half_split", 0)]
+    row = 2 * (16 + 16) * 4
+    assert report.kv_bytes_per_token == row and report.kv_bytes_for_budget == row * (48 + 16 + 63 + 16)
+
+
 def test_every_miss_has_layer_node_and_reason(tmp_path: Path) -> None:
-    MistralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=64,
-        architectures=["MistralForCausalLM"],
-    ).save_pretrained(tmp_path)
+    family_model("phi3, longrope").save_pretrained(tmp_path)
     report = inspect(tmp_path, progress=QUIET)
-    assert report.architecture == "MistralForCausalLM"
-    assert [(layer.layer, layer.kind, layer.matched, layer.rope_form) for layer in report.layers] == [
-        (0, "sliding", False, None),
-        (1, "sliding", False, None),
-    ]
+    kinds = [(layer.layer, layer.kind, layer.matched, layer.rope_form) for layer in report.layers]
+    assert kinds == [(layer, "unsupported", False, None) for layer in range(3)]
     for layer in report.layers:
-        assert layer.reason is not None
-        assert layer.reason.startswith("sliding window of 64 tokens: not supported yet")
-        assert layer.node.startswith("attention")
+        assert layer.reason is not None and "change with the length, from 1,025 tokens" in layer.reason
+        assert layer.node
 
 
 def test_a_model_without_rope_matches_nothing(root: Path, tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ from keysieve.kernels.triton import aot
 from keysieve.plugins.tensorrt import build
 from keysieve.plugins.tensorrt.configuration import read_configuration
 from support.bundles import tiny_bundle, tiny_folder
+from support.families import WINDOW, family_model
+from support.tiny_models import save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,7 +46,7 @@ def test_a_bundle_with_a_plan(root: Path, tmp_path: Path) -> None:
     bundle = open_bundle(tmp_path / "bundle")
     assert bundle.manifest["target"] == "tensorrt-rtx"
     entry = bundle.manifest["tensorrt"]
-    assert entry["limits"] == {"batch": 8, "capacity": 80, "chunk": 32, "typical": None}
+    assert entry["limits"] == {"batch": 8, "capacity": 80, "chunk": 32, "typical": None, "windows": []}
     assert entry["aliased"] is True
     (plan,) = entry["plans"]
     assert (plan["file"], plan["architecture"], plan["plugin_layers"]) == ("model.sm86.plan", 86, 10)
@@ -56,6 +58,31 @@ def test_a_bundle_with_a_plan(root: Path, tmp_path: Path) -> None:
     assert inspect(bundle.path).plans == entry["plans"]
     # the same bundle runs on ONNX Runtime
     assert len(load(bundle.path).generate([5, 6, 7], max_new_tokens=4, stop_tokens=[])[0].tokens) == 4
+
+
+@pytest.mark.slow
+def test_a_plan_of_a_model_with_windows_and_softcap(tmp_path: Path) -> None:
+    model = save_model(family_model("gemma2"), tmp_path / "model")
+    compile(model, tmp_path / "bundle", config(architectures=(86,)), QUIET)
+    entry = open_bundle(tmp_path / "bundle").manifest["tensorrt"]
+    assert entry["limits"]["windows"] == [WINDOW - 1 + 32]
+    (plan,) = entry["plans"]
+    assert plan["plugin_layers"] == 2 * (3 + 2), "in both profiles: an update a layer, score and select"
+    assert len(load(tmp_path / "bundle").generate([5] * 90, max_new_tokens=4, stop_tokens=[])[0].tokens) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("mistral, windows", "no layer of the model evicts"), ("mixed heads", "different KV heads or head sizes")],
+)
+def test_what_the_plugin_has_no_kernels_for(name: str, reason: str) -> None:
+    matched = find(family_model("ministral" if name == "mixed heads" else name), QUIET)
+    graph = engine_graph(matched, SMALL, None)
+    if name == "mixed heads":
+        value = graph.inputs["key_0"].meta["val"]
+        graph.inputs["key_0"].meta["val"] = value.new_empty(value.shape[0], 1, *value.shape[2:])
+    with pytest.raises(ConfigError, match=reason):
+        kernel_configuration(graph, "float16")
 
 
 def test_a_bundle_with_a_kit(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

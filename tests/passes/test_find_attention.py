@@ -5,6 +5,7 @@ from torch import nn
 from keysieve.compiler.capture import capture
 from keysieve.errors import CaptureError, MatchError
 from keysieve.passes.find_attention import find_attention
+from keysieve.passes.result import Miss
 from support.graphs import ToyDecoder, graph_of, match, matched
 from support.tiny_models import tiny_model
 
@@ -34,12 +35,11 @@ def test_every_layer_of_a_model_is_listed_in_order(name, layers, heads, kv_heads
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"window": 7}, "sliding window of 7 tokens"),
-        ({"softcap": 30.0}, "softcap 30.0"),
+        ({"window": 7, "chunk": 8}, "a sliding window of 7 tokens in chunks of 8"),
         ({"heads": 4, "kv_heads": 3}, "4 query heads are not a multiple of 3 KV heads"),
     ],
 )
-def test_attention_that_cannot_be_evicted_is_a_miss(options, reason):
+def test_attention_that_cannot_get_a_cache_is_a_miss(options, reason):
     if "kv_heads" in options:  # no such attention runs, so the node is edited afterwards
         graph = graph_of(ToyDecoder(no_rope, kv_heads=2))
         (node,) = graph.calls(torch.ops.keysieve.attention.default)
@@ -54,6 +54,19 @@ def test_attention_that_cannot_be_evicted_is_a_miss(options, reason):
     assert (miss.layer, miss.node) == (0, node.name) and reason in miss.reason
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"window": 7}, (7, 0, 0.0, False)),
+        ({"chunk": 8}, (0, 8, 0.0, False)),
+        ({"softcap": 30.0}, (0, 0, 30.0, True)),
+    ],
+)
+def test_options_of_an_attention(options, expected):
+    (found,) = find_attention(graph_of(ToyDecoder(no_rope, **options))).matches
+    assert (found.window, found.chunk, found.softcap, found.evicts) == expected
+
+
 class Sinks(nn.Module):
     def __init__(self):
         super().__init__()
@@ -62,12 +75,13 @@ class Sinks(nn.Module):
 
     def forward(self, input_ids, position_ids):
         x = self.embedding(input_ids).unflatten(-1, (4, 8)).transpose(1, 2)
-        return torch.ops.keysieve.attention(x, x, x, self.sinks, 0.5, 0, 0.0, 0).transpose(1, 2).flatten(2)
+        return torch.ops.keysieve.attention(x, x, x, self.sinks, None, 0.5, 0, 0, 0.0, 0).transpose(1, 2).flatten(2)
 
 
-def test_attention_with_sink_logits_is_a_miss():
-    found = find_attention(graph_of(Sinks()))
-    assert not found.matches and "attention-sink logits" in found.misses[0].reason
+def test_sink_logits_of_an_attention():
+    graph = graph_of(Sinks())
+    (found,) = find_attention(graph).matches
+    assert found.sinks is not None and graph.shape(found.sinks) == (4,) and found.evicts
 
 
 class NoAttention(nn.Module):
@@ -98,8 +112,8 @@ def test_an_encoder_is_refused_at_capture():
 
 def test_require_all_lists_every_miss():
     found = matched("llama")
-    window = find_attention(graph_of(ToyDecoder(no_rope, window=7))).misses
-    broken = type(found)(found.graph, found.attentions, found.ropes, window * 12)
+    miss = Miss(0, "attention", "sliding window in chunks")
+    broken = type(found)(found.graph, found.attentions, found.ropes, [miss] * 12)
     with pytest.raises(MatchError) as caught:
         broken.require_all()
     message = str(caught.value)

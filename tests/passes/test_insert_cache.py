@@ -45,7 +45,7 @@ def feed(graph, state, tokens, count):
 def test_inputs_and_outputs(llama):
     graph, cache = llama
     batch, tokens = graph.shape(graph.inputs["input_ids"])
-    capacity = graph.symbol("C")
+    capacity = graph.symbol("capacity")
     caches = [f"{name}_{layer}" for layer in range(3) for name in ("key", "value")]
     assert list(graph.inputs) == ["input_ids", *STATE, *caches], "position_ids is gone"
     assert set(graph.outputs) == {"logits", "length_next", *(f"{name}_next" for name in caches)}
@@ -151,3 +151,57 @@ def test_layers_of_different_shapes_are_an_error():
     graph = graph_of(Two())
     with pytest.raises(MatchError, match="layer 1 has kv_heads 4, layer 0 has 2"):
         insert_cache(graph, find_attention(graph).matches, "union")
+
+
+TURNS = 0.3 * torch.arange(4)
+
+
+def rope(query, key, positions):
+    angle = positions[:, None, :, None] * TURNS
+    cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
+    return [x * cos + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin for x in (query, key)]
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ({"window": 6}, 5),
+        ({"window": 1}, 0),
+        ({"chunk": 6}, 5),
+        ({"window": 6, "softcap": 2.0, "sinks": True}, 5),
+        ({"softcap": 2.0}, None),
+        ({"sinks": True}, None),
+    ],
+)
+def test_a_windows_cache_is_small_and_exact(options, rows):
+    """Unequal sequences in steps of many sizes, in a cache with as little room as the steps allow."""
+    torch.manual_seed(0)
+    toy, largest = ToyDecoder(rope, **options), 4
+    graph = graph_of(toy)
+    cache = insert_cache(graph, find_attention(graph).matches, "per_layer_per_head")
+    capacity = 25 if rows is None else rows + largest
+    state = {name: torch.zeros(BATCH, 2, capacity, 8) for name in ("key_0", "value_0")}
+    state |= {"position": torch.zeros(BATCH, dtype=torch.int64)}
+    if rows is None:
+        assert not cache.windows
+        state |= {"length": torch.zeros(BATCH, dtype=torch.int32), "keep": torch.full((BATCH,), -1, dtype=torch.int32)}
+        state |= {"plan": torch.zeros(1, BATCH, 2, capacity, dtype=torch.int32)}
+    else:
+        assert [(window.size, window.layers) for window in cache.windows] == [(rows + 1, [0])] and not cache.keys
+        state |= {"window_length_0": torch.zeros(BATCH, dtype=torch.int32)}
+    tokens, done = torch.randint(3, 300, (BATCH, 25)), torch.zeros(BATCH, dtype=torch.int64)
+    positions = torch.arange(25).expand(BATCH, -1)
+    with torch.no_grad():
+        expected = toy(tokens, positions)
+    for size, skipped in ((4, 0), (1, 2), (1, 0), (4, 1), (3, 1), (1, 0), (4, 0), (2, 0), (1, 0), (4, 0)):
+        count = torch.tensor([size, size - skipped if size > skipped else 0, size])
+        chunk = torch.zeros(BATCH, size, dtype=torch.long)
+        for b in range(BATCH):
+            chunk[b, : count[b]] = tokens[b, done[b] : done[b] + count[b]]
+        logits = feed(graph, state, chunk, count.tolist())
+        for b in range(BATCH):
+            torch.testing.assert_close(
+                logits[b, : count[b]], expected[b, done[b] : done[b] + count[b]], rtol=1e-4, atol=1e-5
+            )
+        done += count
+    assert done.tolist() == [25, 22, 25] and state["position"].tolist() == [25, 22, 25]

@@ -133,22 +133,25 @@ def test_plan_is_shared_by_scope():
     assert plan_shape("union", 5, "B", 3, "C") == (1, "B", 1, "C")
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 2.0}, {"sinks": torch.tensor([0.5, -1, 0, 2])}])
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 3}, {"chunk": 4}, {"softcap": 2.0}, {"sinks": torch.tensor([0.5, -1, 0, 2])}]
+)
 def test_attention_op_is_causal_attention_with_every_option(options):
     """The op that capture leaves in a graph, against softmax(q k^T) v written out."""
     torch.manual_seed(0)
     query, key, value = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 5)
-    window, softcap, sinks = options.get("window", 0), options.get("softcap", 0.0), options.get("sinks")
-    found = torch.ops.keysieve.attention(query, key, value, sinks, 0.3, window, softcap, 0)
+    window, chunk = options.get("window", 0), options.get("chunk", 0)
+    softcap, sinks = options.get("softcap", 0.0), options.get("sinks")
+    found = torch.ops.keysieve.attention(query, key, value, sinks, None, 0.3, window, chunk, softcap, 0)
     for batch in range(2):
         for head in range(4):
             for token in range(6):
-                first = max(0, token + 1 - window) if window else 0
+                first = max(0, token + 1 - window) if window else token - token % chunk if chunk else 0
                 logits = key[batch, head // 2, first : token + 1] @ query[batch, head, token] * 0.3
                 logits = softcap * torch.tanh(logits / softcap) if softcap else logits
                 weights = logits.exp()
                 total = weights.sum() + (sinks[head].exp() if sinks is not None else 0)
                 expected = (weights / total) @ value[batch, head // 2, first : token + 1]
                 torch.testing.assert_close(found[batch, head, token], expected, rtol=1e-5, atol=1e-6)
-    arguments = (query, key, value, sinks, 0.3, window, softcap, 0)
+    arguments = (query, key, value, sinks, None, 0.3, window, chunk, softcap, 0)
     torch.library.opcheck(torch.ops.keysieve.attention.default, arguments)

@@ -35,7 +35,14 @@ def family(prefix: str, config: str = "", **options: Any) -> Callable[[], PreTra
     return build
 
 
-# Name -> how it is built, and which dims of a head form a pair; "" where the masked reference cannot hook the model.
+WINDOW = 24
+MIXED: dict[str, Any] = {
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+}
+
+# Name -> how it is built, and which dims of a head form a pair in layers with full attention: "nope" where these do not
+# rotate, "" where the masked reference cannot hook the model.
 COMPILED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "mistral": (family("Mistral", **GROUPED, sliding_window=None), "half_split"),
     "mixtral": (family("Mixtral", **GROUPED, num_local_experts=4, num_experts_per_tok=2), "half_split"),
@@ -58,22 +65,21 @@ COMPILED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "exaone4": (family("Exaone4", **GROUPED, sliding_window=None, layer_types=["full_attention"] * 3), "half_split"),
     "helium": (family("Helium", **HEADS_OF_16), "interleaved"),
     "ernie4_5": (family("Ernie4_5", **HEADS_OF_16), "interleaved"),
+    "mistral, windows": (family("Mistral", **GROUPED, sliding_window=WINDOW), "half_split"),
+    "ministral": (family("Ministral", **HEADS_OF_16, **MIXED), "half_split"),
+    "gemma2": (family("Gemma2", **HEADS_OF_16, **MIXED), "half_split"),
+    "gemma3": (family("Gemma3", "Gemma3Text", **HEADS_OF_16, **MIXED), "half_split"),
+    "cohere2": (family("Cohere2", **GROUPED, **MIXED), "nope"),
+    "olmo3": (family("Olmo3", **GROUPED, **MIXED), "half_split"),
+    "exaone4, windows": (family("Exaone4", **GROUPED, **MIXED), "nope"),
+    "gpt_oss": (
+        family("GptOss", **HEADS_OF_16, **MIXED, num_local_experts=4, num_experts_per_tok=2),
+        "half_split",
+    ),
     **{name: (BUILDERS[name], "interleaved" if name == "cohere" else "half_split") for name in DECODERS},
 }
 
-WINDOW = r"sliding window of 32 tokens: not supported yet"
 REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
-    "mistral, windows": (family("Mistral", **GROUPED, sliding_window=32), WINDOW),
-    "ministral": (family("Ministral", **HEADS_OF_16, sliding_window=32), WINDOW),
-    "gemma2": (family("Gemma2", **HEADS_OF_16, sliding_window=32), "softcap 50.0: not supported yet"),
-    "gemma3": (family("Gemma3", "Gemma3Text", **HEADS_OF_16, sliding_window=32), WINDOW),
-    "cohere2": (family("Cohere2", **GROUPED, sliding_window=32), WINDOW),
-    "olmo3": (family("Olmo3", **GROUPED, sliding_window=32), WINDOW),
-    "exaone4, windows": (family("Exaone4", **GROUPED, sliding_window=32, sliding_window_pattern=2), WINDOW),
-    "gpt_oss": (
-        family("GptOss", **HEADS_OF_16, num_local_experts=4, num_experts_per_tok=2, sliding_window=32),
-        "attention-sink logits: not supported yet",
-    ),
     "phi3, longrope": (
         family("Phi3", **GROUPED, rope_parameters=LONGROPE, original_max_position_embeddings=1024),
         "change with the length, from 1,025 tokens",

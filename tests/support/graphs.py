@@ -31,16 +31,23 @@ def matched(name: str) -> Matched:
 class ToyDecoder(nn.Module):
     """One attention layer with a rotation (or anything else) of the test's own, written in plain torch."""
 
-    def __init__(self, rope: Rope, heads: int = 4, kv_heads: int = 2, head_dim: int = 8, **attention: float):
+    def __init__(
+        self, rope: Rope, heads: int = 4, kv_heads: int = 2, head_dim: int = 8, sinks: bool = False, **attention: float
+    ):
         super().__init__()
         self.rope = rope
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.attention = {"window": 0, "softcap": 0.0} | attention
+        self.attention = {"window": 0, "chunk": 0, "softcap": 0.0} | attention
         self.embedding = nn.Embedding(VOCABULARY, 16)
         self.query = nn.Linear(16, heads * head_dim, bias=False)
         self.key = nn.Linear(16, kv_heads * head_dim, bias=False)
         self.value = nn.Linear(16, kv_heads * head_dim, bias=False)
         self.out = nn.Linear(heads * head_dim, VOCABULARY, bias=False)
+        self.sinks = nn.Parameter(torch.randn(heads)) if sinks else None
+
+    def mask(self, input_ids: Tensor, position_ids: Tensor) -> Tensor | None:
+        """[B,1,S,S] bool, for tests of masks."""
+        return None
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         hidden = self.embedding(input_ids)
@@ -49,8 +56,10 @@ class ToyDecoder(nn.Module):
             for projection in (self.query, self.key, self.value)
         )
         query, key = self.rope(query, key, position_ids)
-        window, softcap = int(self.attention["window"]), float(self.attention["softcap"])
-        result = torch.ops.keysieve.attention(query, key, value, None, 0.5, window, softcap, 0)
+        window, chunk = int(self.attention["window"]), int(self.attention["chunk"])
+        softcap = float(self.attention["softcap"])
+        sinks, mask = self.sinks, self.mask(input_ids, position_ids)
+        result = torch.ops.keysieve.attention(query, key, value, sinks, mask, 0.5, window, chunk, softcap, 0)
         return self.out(result.transpose(1, 2).flatten(2))
 
 

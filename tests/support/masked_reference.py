@@ -41,7 +41,10 @@ Statistics = Sequence[tuple[np.ndarray, np.ndarray]]
 
 @dataclass
 class _Recorder:
-    """What one forward pass is told and what it leaves: visible(layer, N) -> [Hkv,N,N]; layer -> (q, k)."""
+    """What one forward pass is told and what it leaves: visible(layer, N) -> [Hkv,N,N]; layer -> (q, k).
+
+    Layers with a sliding window or chunks see those, whatever `visible` says, and leave nothing.
+    """
 
     visible: Callable[[int, int], np.ndarray]
     layers: dict[int, tuple[np.ndarray, np.ndarray]]
@@ -63,19 +66,36 @@ def _attention(
     """Attention of one sequence: query [1,Hq,N,D], key and value [1,Hkv,N,D] -> [1,N,Hq,D]."""
     if _recorder is None:
         raise RuntimeError("the masked_reference attention runs only inside forward()")
-    for name in ("sliding_window", "softcap", "s_aux"):
-        if options.get(name) is not None:
-            raise NotImplementedError(f"the reference does not know attention with {name}")
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    _recorder.layers[layer] = (query[0].numpy(), key[0].numpy())
+    layer, count = int(module.layer_idx), query.shape[2]  # type: ignore[arg-type]
     group = query.shape[1] // key.shape[1]
-    visible = torch.from_numpy(_recorder.visible(layer, query.shape[2]))
+    window, chunk = layer_window(module.config, layer)
+    if window or chunk:
+        age = torch.arange(count)[:, None] - torch.arange(count)
+        seen = (age >= 0) & (age < window) if window else (age >= 0) & (age <= torch.arange(count)[:, None] % chunk)
+        visible = seen.expand(key.shape[1], -1, -1)
+    else:
+        _recorder.layers[layer] = (query[0].numpy(), key[0].numpy())
+        visible = torch.from_numpy(_recorder.visible(layer, count))
+    softcap, sinks = options.get("softcap"), options.get("s_aux")
     heads = []
     for head in range(query.shape[1]):
         logits = query[0, head] @ key[0, head // group].T * scaling  # [N,N]
+        if softcap:
+            logits = (logits / softcap).tanh() * softcap
         logits = logits.masked_fill(~visible[head // group], -math.inf)
-        heads.append(logits.softmax(-1) @ value[0, head // group])
+        if sinks is not None:  # a sink is a row whose value is zero
+            logits = torch.cat([logits, sinks[head].expand(count, 1)], 1)
+        heads.append(logits.softmax(-1)[:, :count] @ value[0, head // group])
     return torch.stack(heads, 1)[None], None
+
+
+def layer_window(config: Any, layer: int) -> tuple[int, int]:
+    """(window, chunk) in tokens of one layer, 0 for none, as the configuration says it."""
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    kind = kinds[layer] if kinds else "sliding_attention" if window else "full_attention"
+    if kind == "chunked_attention":
+        return 0, config.attention_chunk_size
+    return window if kind == "sliding_attention" else 0, 0
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention)
@@ -97,7 +117,7 @@ def _recording(model: PreTrainedModel, recorder: _Recorder) -> Iterator[None]:
 def forward(
     model: PreTrainedModel, tokens: Sequence[int], visible: Callable[[int, int], np.ndarray]
 ) -> tuple[torch.Tensor, list[tuple[np.ndarray, np.ndarray]]]:
-    """Logits [N,V] of one whole sequence, and per layer its rotated queries [Hq,N,D] and keys [Hkv,N,D]."""
+    """Logits [N,V] of one whole sequence, and its rotated queries [Hq,N,D] and keys [Hkv,N,D] per full layer."""
     recorder = _Recorder(visible, {})
     with torch.no_grad(), _recording(model, recorder):
         positions = torch.arange(len(tokens))[None]
@@ -141,30 +161,40 @@ class LayerRope:
 
 
 def layer_ropes(model: PreTrainedModel, pairing: str | None = None) -> list[LayerRope]:
-    """The rotation of every layer, from the model's own rotary module (frequencies, cos, sin, scaling).
+    """The rotation of every layer with full attention, from the model's own rotary module.
 
-    pairing: "half_split" or "interleaved"; by default what PAIRING says of the model type.
+    pairing: "half_split", "interleaved" or "nope"; by default what PAIRING says of the model type.
     """
     config = model.config
     pairing = pairing or PAIRING[config.model_type]
-    rotary = next(m for m in model.modules() if hasattr(m, "inv_freq"))
+    # Where kinds of layers have tables of their own, the full ones have this.
+    names = ("inv_freq", "full_attention_inv_freq")
+    rotary, name = next((m, name) for m in model.modules() for name in names if hasattr(m, name))
+    kind = {} if name == "inv_freq" else {"layer_type": "full_attention"}
+    inv_freq = getattr(rotary, name)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    bands = np.arange(len(rotary.inv_freq))
+    bands = np.arange(len(inv_freq))
     first = bands if pairing == "half_split" else 2 * bands
     second = bands + len(bands) if pairing == "half_split" else 2 * bands + 1
 
     def turns(count: int) -> np.ndarray:
-        cos, sin = rotary(torch.zeros(1), torch.arange(count)[None])
+        cos, sin = rotary(torch.zeros(1), torch.arange(count)[None], **kind)
         # A model's table has every band twice (one half after the other, or side by side), or once.
         column = second if pairing == "interleaved" and bool((cos[..., 0] == cos[..., 1]).all()) else bands
         return (cos[0, :, column].double() + 1j * sin[0, :, column].double()).numpy()
 
     none = np.array([], dtype=int)
-    frequency = rotary.inv_freq.double().numpy()
-    rotated = LayerRope(first, second, frequency, float(rotary.attention_scaling), head_dim, turns)
+    frequency = inv_freq.double().numpy()
+    scaling = float(getattr(rotary, name.replace("inv_freq", "attention_scaling")))
+    rotated = LayerRope(first, second, frequency, scaling, head_dim, turns)
     plain = LayerRope(none, none, np.zeros(0), 1.0, head_dim, turns)
     uses = getattr(config, "no_rope_layers", None) or [1] * config.num_hidden_layers  # 1: the layer rotates
-    return [rotated if uses[layer] else plain for layer in range(config.num_hidden_layers)]
+    return [rotated if uses[layer] and pairing != "nope" else plain for layer in full_layers(config)]
+
+
+def full_layers(config: Any) -> list[int]:
+    """The layers that see the whole past."""
+    return [layer for layer in range(config.num_hidden_layers) if not any(layer_window(config, layer))]
 
 
 # -- scores and selection ------------------------------------------------------------------------------------
@@ -413,7 +443,8 @@ class MaskedReference:
             return self._nothing()
         sequence = self.sequences[b]
         sequence.append(tokens)
-        logits, layers = forward(self.model, sequence.tokens, sequence.visible)
+        full = full_layers(self.model.config)
+        logits, layers = forward(self.model, sequence.tokens, lambda layer, n: sequence.visible(full.index(layer), n))
         policy = self.eviction.policy
         if policy.name == "triattention" and policy.centres == "online":
             self._follow(sequence, [q[:, -len(tokens) :] for q, _ in layers])

@@ -18,7 +18,13 @@ def test_defaults(stub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     ((args, kwargs),) = calls
     assert args == ("some/model", output)
     assert kwargs.pop("progress").quiet is False
-    assert kwargs == {"texts": None, "max_tokens": 65536}
+    assert kwargs == {
+        "texts": None,
+        "max_tokens": 65536,
+        "text_field": "text",
+        "batch_size": 1,
+        "layer_by_layer": None,
+    }
     printed = capsys.readouterr()
     assert f"{output}: 2,048 tokens" in printed.out
     assert f"next: keysieve compile some/model -o DIR --stats {output}" in printed.out
