@@ -32,7 +32,7 @@ def _text(tested: Sequence["TestedModel"]) -> str:
     reasons = []
     for model in tested:
         found = model.outcome
-        evicts = f"{found.evicts} of {found.layers} layers" if found.status == "pass" else "-"
+        evicts = f"{found.evicts} of {found.layers} layers" if found.status in ("pass", "matched") else "-"
         rows.append(
             (
                 found.architecture,

@@ -18,6 +18,7 @@ TABLE_FILE = ROOT / "compiler" / TABLE
 DOCUMENT = ROOT / "docs" / "models.md"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- begin: written by `make models` -->\n", "<!-- end -->\n"
+MATCHING = ("pass", "matched")
 MATRIX = [*COMPILED, *REFUSED]
 
 
@@ -89,15 +90,15 @@ def documents(table: Table) -> dict[Path, str]:
 
 
 def _document(table: Table) -> str:
-    tested, first = models(table), next(iter(table))
-    passed = [model for model in tested if model.outcome.status == "pass"]
-    others = [model for model in tested if model.outcome.status != "pass"]
+    tested, names = models(table), unique(name for outcomes in table.values() for name in outcomes)
+    matching = [model for model in tested if model.outcome.status in MATCHING]
+    others = [model for model in tested if model.outcome.status not in MATCHING]
     architectures = len({model.outcome.architecture for model in tested})
     runs = [(str(versions), *map(str, _counts(outcomes.values()))) for versions, outcomes in table.items()]
     return f"""# Models
 
 {BEGIN}
-What the tests found for {len(table[first])} tiny models of {architectures} architectures. \
+What the tests found for {len(names)} tiny models of {architectures} architectures. \
 `keysieve models` prints the same table, `--json` for programs.
 
 * **pass**: compiled whole by `keysieve compile`. Without eviction the engine's logits are those of HuggingFace; with \
@@ -110,12 +111,12 @@ A model that is not listed is tried like all others, since no code asks for a mo
 says which layers match, and [extending.md](extending.md) how to add what does not.
 
 {_table(("versions", *STATUSES), runs)}
-## Pass
+## What matches
 
 "evicts": layers whose cache is kept inside the budget.
 
-{_table(("architecture", "attention", "RoPE", "evicts", "transformers", "torch"), map(_passed, passed))}
-## Refused
+{_table(("architecture", "status", "attention", "RoPE", "evicts", "transformers", "torch"), map(_matching, matching))}
+## What does not
 
 {_table(("architecture", "status", "reason", "transformers", "torch"), map(_other, others))}
 ## How the table is made
@@ -131,10 +132,10 @@ def _counts(outcomes: Iterable[Outcome]) -> list[int]:
     return [statuses.count(status) for status in STATUSES]
 
 
-def _passed(model: TestedModel) -> tuple[str, ...]:
+def _matching(model: TestedModel) -> tuple[str, ...]:
     found = model.outcome
     where = f"{found.evicts} of {found.layers} layers"
-    return (found.architecture, found.attention or "", found.rope_form or "", where, *_versions(model))
+    return found.architecture, found.status, found.attention or "", found.rope_form or "", where, *_versions(model)
 
 
 def _other(model: TestedModel) -> tuple[str, ...]:
@@ -157,7 +158,7 @@ def _summary(tested: list[TestedModel]) -> str:
 
     def form(model: TestedModel) -> tuple[str, str, str]:
         found = model.outcome
-        if found.status != "pass":
+        if found.status not in MATCHING:
             return found.status, "", found.reason or ""
         # sizes of the tiny models and factors of a scaling say nothing here
         words = (found.rope_form or "").replace("scaling ", "scaled ").split()
