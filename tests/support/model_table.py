@@ -33,12 +33,12 @@ def saved(table: Table) -> Versions:
 
 
 def outcome_of(name: str) -> Outcome:
-    """What finding attention and RoPE in that model of the matrix says now; "pass" where all layers match."""
+    """What finding attention and RoPE in that model of the matrix says now: "pass" if all layers match, or "refused"."""
     model = family_model(name)
     try:
         matched = find_fast(model, Progress(quiet=True))
     except KeySieveError as error:
-        return Outcome(type(model).__name__, "fail", None, None, 0, 0, str(error))
+        return Outcome(type(model).__name__, "refused", None, None, 0, 0, str(error))
     layers = report_of(model, matched, EvictionConfig(), "float32").layers
     kinds = [layer.kind for layer in layers if layer.kind != "unsupported"]
     kinds += ["softcap"] if any(a.softcap for a in matched.attentions) else []
@@ -135,22 +135,13 @@ def _counts(outcomes: Iterable[Outcome]) -> list[int]:
 def _matching(model: TestedModel) -> tuple[str, ...]:
     found = model.outcome
     where = f"{found.evicts} of {found.layers} layers"
-    return found.architecture, found.status, found.attention or "", found.rope_form or "", where, *_versions(model)
+    words = found.architecture, found.status, found.attention or "", found.rope_form or "", where
+    return *words, model.tested_with("transformers"), model.tested_with("torch")
 
 
 def _other(model: TestedModel) -> tuple[str, ...]:
-    return model.outcome.architecture, model.outcome.status, model.outcome.reason or "", *_versions(model)
-
-
-def _versions(model: TestedModel) -> tuple[str, str]:
-    """Versions of transformers and of torch; those with which a model was only matched in brackets."""
-
-    def listed(name: str) -> str:
-        full = unique(getattr(versions, name) for versions in model.versions)
-        rest = unique(getattr(versions, name) for versions in model.matched)
-        return ", ".join([*full, *(f"({version})" for version in rest if version not in full)])
-
-    return listed("transformers"), listed("torch")
+    words = model.outcome.architecture, model.outcome.status, model.outcome.reason or ""
+    return *words, model.tested_with("transformers"), model.tested_with("torch")
 
 
 def _summary(tested: list[TestedModel]) -> str:
