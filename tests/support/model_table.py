@@ -33,7 +33,7 @@ def saved(table: Table) -> Versions:
 
 
 def outcome_of(name: str) -> Outcome:
-    """What finding attention and RoPE in that model of the matrix says now: "pass" if all layers match, or "refused"."""
+    """What finding attention and RoPE in that model of the matrix says now: "pass" if all match, or "refused"."""
     model = family_model(name)
     try:
         matched = find_fast(model, Progress(quiet=True))
