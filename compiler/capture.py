@@ -60,7 +60,7 @@ def mask_function(*arguments: Any, **options: Any) -> torch.Tensor:
     """The function transformers calls for masks: [B,1,S,S], never left out, so that find_attention can read it."""
     from transformers.masking_utils import sdpa_mask
 
-    return sdpa_mask(*arguments, **{**options, "allow_is_causal_skip": False})
+    return sdpa_mask(*arguments, **{**options, "allow_is_causal_skip": False, "use_vmap": False})
 
 
 class _Decoder(nn.Module):
@@ -111,7 +111,7 @@ def _export(model: "PreTrainedModel", dynamic: bool) -> ExportedProgram:
     position_ids = torch.arange(tokens).repeat(batch, 1)
     sizes = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} if dynamic else None
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _masks_without_vmap(), _unchanged(model):
+        with torch.no_grad(), _unchanged(model), _masks_without_vmap(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's own, about pytrees
             return export(
                 _Decoder(model.eval()),
@@ -127,6 +127,20 @@ def _export(model: "PreTrainedModel", dynamic: bool) -> ExportedProgram:
             f"{type(model).__name__} could not be captured by torch.export: {first} "
             "(the model must be a decoder that runs with input_ids, position_ids and use_cache=False)"
         ) from error
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Undo what the model assigns to its modules in the block: an export leaves tensors without values."""
+    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
 
 @contextmanager
@@ -146,20 +160,6 @@ def _masks_without_vmap() -> Iterator[None]:
     finally:
         for name, make in before.items():
             INTERFACE[name] = make
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Undo what the model assigns to its modules in the block: an export leaves tensors without values."""
-    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, attributes, buffers in before:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
 
 
 def _tidy(graph: Graph) -> Graph:

@@ -8,6 +8,7 @@ from keysieve.compiler.config import EvictionConfig
 from keysieve.compiler.progress import Progress
 from keysieve.compiler.statistics import Statistics
 from keysieve.errors import MatchError
+from keysieve.passes.arrange_heads import arrange_heads
 from keysieve.passes.find_attention import find_attention
 from keysieve.passes.find_rope import find_rope
 from keysieve.passes.gather_logits import gather_logits
@@ -15,6 +16,9 @@ from keysieve.passes.graph import Graph
 from keysieve.passes.insert_cache import group_windows, insert_cache
 from keysieve.passes.insert_eviction import insert_eviction
 from keysieve.passes.lower_attention import lower_attention
+from keysieve.passes.lower_complex import lower_complex
+from keysieve.passes.lower_fills import lower_fills
+from keysieve.passes.lower_positions import lower_positions
 from keysieve.passes.policies.stateless import stateless
 from keysieve.passes.policies.triattention import QueryCentres, TriAttention, triattention
 from keysieve.passes.result import Attention, Miss, RopeAttention
@@ -83,8 +87,11 @@ def find(
         stage.note(f"{len(graph.fx.nodes):,} nodes")
     with progress.stage("match") as stage:
         lower_rope(graph)
+        lower_complex(graph)
+        lower_fills(graph)
         lowered = lower_attention(graph)
         attentions = find_attention(graph)
+        lower_positions(graph, attentions.matches)
         ropes = find_rope(graph, [attention for attention in attentions.matches if attention.evicts])
         windowed = find_rope(graph, [attention for attention in attentions.matches if not attention.evicts])
         misses = lowered + attentions.misses + ropes.misses
@@ -120,8 +127,9 @@ def tap_graph(matched: Matched) -> Graph:
 def engine_graph(matched: Matched, eviction: EvictionConfig, statistics: Statistics | None) -> Graph:
     """The rewritten graph: cache, policy and eviction inserted; see docs/architecture.md for its inputs and outputs."""
     ropes = matched.require_all()
-    graph, attentions, policy = matched.graph, matched.attentions, eviction.policy
+    graph, policy = matched.graph, eviction.policy
     gather_logits(graph)
+    attentions, ropes = arrange_heads(graph, matched.attentions, ropes)
     cache = insert_cache(graph, attentions, eviction.scope)
     if not ropes:
         return graph

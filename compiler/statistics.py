@@ -239,7 +239,7 @@ def check_matches(
     _check_equal("number of attention layers", len(statistics.layers), len(ropes))
     for entry, rope in zip(statistics.layers, ropes, strict=True):
         where = f"layer {entry.layer}: rope "
-        for name in ("kind", "head_dim", "rotary_dim"):
+        for name in ("kind", "head_dim", "rotary_dim", "real", "imaginary", "layout"):
             _check_equal(where + name, getattr(entry.rope, name), getattr(rope, name))
         if not np.isclose(entry.rope.scaling, rope.scaling, rtol=1e-5, atol=0):
             _check_equal(where + "scaling", entry.rope.scaling, rope.scaling)
@@ -400,8 +400,11 @@ def _read_layer(file: Any, entry: Mapping[str, Any]) -> LayerStatistics:
         rotary_dim=int(rope["rotary_dim"]),
         inv_freq=arrays["inv_freq"],
         scaling=float(rope["scaling"]),
+        **{name: tuple(map(int, rope.get(name, ()))) for name in ("real", "imaginary", "layout")},
     )
-    if form.kind not in (*OFFICIAL_STYLES, "nope") or not 0 <= form.rotary_dim <= form.head_dim:
+    if form.kind == "paired":
+        _check_pairs(layer, form)
+    elif form.kind not in (*OFFICIAL_STYLES, "nope") or not 0 <= form.rotary_dim <= form.head_dim:
         raise StatisticsError(
             f"layer {layer}: there is no rope {form.kind!r} with rotary_dim {form.rotary_dim} of head_dim "
             f"{form.head_dim}; {RECALIBRATE}"
@@ -412,6 +415,16 @@ def _read_layer(file: Any, entry: Mapping[str, Any]) -> LayerStatistics:
 def _read_first_half(file: Any, whole: LayerStatistics) -> LayerStatistics:
     q_mean, q_abs = (file.get_tensor(_tensor_name(whole.layer, name)) for name in ("first_q_mean", "first_q_abs"))
     return LayerStatistics(whole.layer, whole.rope, q_mean, q_abs)
+
+
+def _check_pairs(layer: int, form: RopeForm) -> None:
+    pairs, dims = sorted((*form.real, *form.imaginary)), set(range(form.head_dim))
+    once = len(set(pairs)) == len(pairs) == form.rotary_dim and len(form.real) == len(form.imaginary)
+    if not once or not set(pairs) <= dims or len(form.layout) != form.head_dim or set(form.layout) != dims:
+        raise StatisticsError(
+            f"layer {layer}: the pairs {form.real} and {form.imaginary} with layout {form.layout} are no RoPE of "
+            f"{form.rotary_dim} of {form.head_dim} dims; {RECALIBRATE}"
+        )
 
 
 def _check_official_form(layer: int, rope: RopeForm, metadata: Mapping[str, Any]) -> None:

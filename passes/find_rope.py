@@ -1,18 +1,25 @@
 """find_rope: find the rotary embedding in front of every attention, and verify it by probing.
 
-    hidden -> q_proj -> (q_norm) -> [q_pre] -> RoPE(position) -> [query] -> attention
+    hidden -> q_proj -> (q_norm) -> [query_pre] -> RoPE(position) -> [query_post] -> (norm) -> (scale) -> attention
 
-The walk goes up from the attention's query (and key) through everything that depends on the tokens. Operations that
-also take a position-only tensor are RoPE's products; the node through which all their data flows is the pre-RoPE
-tensor. The subgraph between is then evaluated in float64 on unit vectors at several positions: the match counts only
-if the result is a rotation of dim pairs by an angle proportional to the position. So "matched" means "verified",
-whatever the model's code looks like.
+The walk goes up from the attention's query through everything that depends on the tokens. Operations that also take a
+position-only tensor are RoPE's products; the node through which all their data flows is the pre-RoPE tensor. The
+subgraph between is then evaluated in float64 on unit vectors at several positions: the match counts only if the
+result is a rotation of dim pairs by an angle proportional to the position, wherever in the head the pairs are. What
+may follow is a norm that commutes with the rotation, and a scale of the whole query by its position.
+
+Keys are verified by what the score needs of them: the key at position p is the key at position 0, turned as the
+queries are. This asks for no single pre-RoPE tensor, and there is none where one rotated part serves all heads.
+
+So "matched" means "verified", whatever the model's code looks like.
 """
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
@@ -21,6 +28,7 @@ from keysieve.passes.graph import Graph
 from keysieve.passes.result import Attention, Found, Miss, RopeAttention
 from keysieve.passes.rope_form import RopeForm
 
+T = TypeVar("T")
 # Position 0 gives the scaling, 1 the frequencies; the others verify that angles grow linearly with the position.
 PROBE_POSITIONS = (0, 1, 2, 17, 1000)
 FAR = 1 << 24  # a position that no model was made for: frequencies that change with the length have changed there
@@ -34,6 +42,7 @@ PROJECTIONS = {
     torch.ops.aten.embedding.default,
     torch.ops.keysieve.attention.default,
 }
+CANNOT_EVALUATE = (RuntimeError, ValueError, KeyError, TypeError, IndexError)
 
 
 class _NoRope(Exception):
@@ -47,146 +56,328 @@ class _NoRope(Exception):
 
 def find_rope(graph: Graph, attentions: list[Attention]) -> Found[RopeAttention]:
     """Match the RoPE of each attention; a layer without any rotation matches as form "nope"."""
-    data = graph.depends_on([graph.inputs["input_ids"]])
-    positional = graph.depends_on([graph.inputs["position_ids"]])
+    finder = _Finder(graph)
     found: Found[RopeAttention] = Found([])
-    probed: dict[Any, RopeForm] = {}
     for attention in attentions:
         try:
-            query_pre, query_form = _trace(graph, attention.query, data, positional, probed)
-            key_pre, key_form = _trace(graph, attention.key, data, positional, probed)
-            _same_form(attention, query_form, key_form)
+            match = finder.query(attention)
+            finder.verify_key(attention, match.form)
         except _NoRope as miss:
             found.misses.append(Miss(attention.number, miss.node.name, miss.reason))
             continue
-        found.matches.append(RopeAttention(attention, query_pre, key_pre, query_form))
+        found.matches.append(match)
     return found
 
 
-def _trace(
-    graph: Graph, post: Node, data: set[Node], positional: set[Node], probed: dict[Any, RopeForm]
-) -> tuple[Node, RopeForm]:
-    """Walk up from a rotated tensor [B,H,S,D] to the tensor before RoPE; returns it and the verified form.
+class _Finder:
+    """The search in one graph; layers with the very same operations are evaluated once."""
 
-    probed: forms by subgraph, so that layers with the very same operations are evaluated once.
-    """
-    order = {node: index for index, node in enumerate(graph.fx.nodes)}
-    sequence = str(graph.shape(graph.inputs["input_ids"])[1])
-    frontier, products = {post}, 0
-    refusal: _NoRope | None = None  # the nearest: further up, it is the same for a less telling reason
-    counted: Node | None = None
-    while True:
-        node = max(frontier, key=order.__getitem__)
-        if len(frontier) == 1 and products and _is_tensor(node):
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self.data = graph.depends_on([graph.inputs["input_ids"]])
+        self.positional = graph.depends_on([graph.inputs["position_ids"]])
+        self.order = {node: index for index, node in enumerate(graph.fx.nodes)}
+        self.known: dict[Any, Any] = {}
+
+    def query(self, attention: Attention) -> RopeAttention:
+        """Walk up from the attention's query to the tensor before RoPE; raises _NoRope where it is not verified."""
+        base = attention.query  # what a scale by position would follow
+        nearer = [base]  # tensors between the walk and base through which everything flows, the nearest to base first
+        refusal: _NoRope | None = None  # the nearest: further up, it is the same for a less telling reason
+        walk = _Walk(self, [base])
+        while True:
+            node = walk.last()
+            if walk.products and walk.waist() and node is not nearer[-1]:
+                if self._remembered(self._scales, node, base):
+                    base, nearer, walk.products = node, [node], 0
+                    continue
+                try:
+                    post, form = self._rotation(attention, node, nearer)
+                except _NoRope as refused:
+                    refusal = refusal or refused  # perhaps not the whole rotation yet
+                else:
+                    walk.finish()
+                    return RopeAttention(attention, node, post, base, form)
+            elif walk.waist() and node is not nearer[-1]:
+                nearer.append(node)
+            if walk.ended():
+                if walk.products:
+                    raise refusal or _NoRope(node, "position-dependent products without one pre-RoPE tensor above them")
+                walk.finish()
+                form = RopeForm("nope", attention.head_dim, 0, np.zeros(0))
+                return RopeAttention(attention, base, base, base, form)
+            walk.up()
+
+    def _rotation(self, attention: Attention, pre: Node, nearer: list[Node]) -> tuple[Node, RopeForm]:
+        """The node, of `nearer`, at which the rotation of `pre` ends, and its form; then only a norm follows."""
+        refusal: _NoRope | None = None
+        base = nearer[0]
+        for post in nearer:
             try:
-                signature = _signature(graph, node, post)
-                if signature not in probed:
-                    probed[signature] = probe(graph, node, post)
-                return node, probed[signature]
+                form = self._remembered(self._probe, pre, post, attention.query_heads)
             except _NoRope as refused:
-                refusal = refusal or refused  # perhaps a later scale by position; the rotation may still be above
-        if node.op == "placeholder" or node.target in PROJECTIONS:
-            if products:
-                raise refusal or _NoRope(node, "position-dependent products without one pre-RoPE tensor above them")
-            if counted is not None:
-                raise _NoRope(counted, "depends on the token's index in the input instead of on position_ids")
-            head_dim = int(graph.shape(post)[-1])
-            return post, RopeForm("nope", head_dim, 0, np.zeros(0))
-        frontier.remove(node)
-        inputs = node.all_input_nodes
-        products += any(i in positional and i not in data for i in inputs)
-        for i in inputs:
-            if i not in data and i not in positional and _is_tensor(i) and sequence in map(str, graph.shape(i)):
-                counted = i
-        frontier.update(i for i in inputs if i in data)
-        if not frontier:
+                refusal = refusal or refused
+                continue
+            if post is base or self._remembered(self._commutes, post, base, form):
+                return post, form
+            raise _NoRope(
+                base,
+                f"what follows RoPE ({form}) does not commute with the rotation, so the queries before RoPE say "
+                "nothing about those after it (as with a norm after RoPE that has a weight for each dim)",
+            )
+        raise refusal or _NoRope(pre, "no rotation")
+
+    def _probe(self, pre: Node, post: Node, heads: int) -> RopeForm:
+        return probe(self.graph, pre, post, heads)
+
+    def _scales(self, pre: Node, post: Node) -> bool:
+        """Whether post is pre times a positive number that depends on the position alone, for queries of all heads."""
+        shapes = [sorted(map(str, self.graph.shape(node))) for node in (pre, post)]
+        tokens = {str(size) for size in self.graph.shape(self.graph.inputs["input_ids"])}
+        if shapes[0] != shapes[1] or len(shapes[0]) != 4 or not tokens <= set(shapes[0]):
+            return False
+        for positions in ((*PROBE_POSITIONS, FAR), PROBE_POSITIONS):
+            given = self._at([positions], 2)
+            x = self._random(pre, given)
+            try:
+                y = self.graph.evaluate(post, given | {pre: x})
+            except CANNOT_EVALUATE:
+                continue  # a table ends before FAR
+            x, y = (v.permute(self.graph.head_axes(node)) for v, node in ((x, pre), (y, post)))
+            if x.shape != y.shape:
+                return False
+            factor = (x * y).sum((0, 1, 3), keepdim=True) / (x * x).sum((0, 1, 3), keepdim=True)  # [1,1,P,1]
+            return bool((factor > 0).all()) and bool(((y - factor * x).abs() <= TOLERANCE * factor).all())
+        return False
+
+    def _commutes(self, post: Node, normed: Node, form: RopeForm) -> bool:
+        """Whether what is between, g, is the same before the rotation as after it: g(RoPE(x)) == RoPE(g(x))."""
+        given = self._at([PROBE_POSITIONS], 2)
+        x = self._random(post, given)
+        axes = self.graph.head_axes(post)
+        back = np.argsort(axes).tolist()
+        turn = torch.from_numpy(np.stack([rotation_matrix(form, position) for position in PROBE_POSITIONS]))
+
+        def norm(vectors: Tensor) -> Tensor:
+            """g of vectors [B,H,P,D]."""
+            result = self.graph.evaluate(normed, given | {post: vectors.permute(back)})
+            return result.permute(self.graph.head_axes(normed))
+
+        def rope(vectors: Tensor) -> Tensor:
+            return torch.einsum("poi,bhpi->bhpo", turn, vectors)
+
+        x = x.permute(axes)
+        try:
+            first, second = norm(rope(x)), norm(x)
+        except CANNOT_EVALUATE:
+            return False
+        return first.shape == x.shape and bool((first - rope(second)).abs().max() <= TOLERANCE * second.abs().max())
+
+    def verify_key(self, attention: Attention, form: RopeForm) -> None:
+        """Raise _NoRope unless the key at position p is the key at position 0, turned by p as the queries are."""
+        walk = _Walk(self, [attention.key])
+        while True:
+            if walk.products and walk.cut() and self._remembered(self._turns, walk.cut(), attention.key, form):
+                walk.finish()
+                return
+            if walk.ended():
+                break
+            walk.up()
+        if walk.products:
+            raise _NoRope(attention.node, f"queries have RoPE {form} but keys are not turned alike")
+        walk.finish()
+        if form.rotary_dim:
+            raise _NoRope(attention.node, f"queries have RoPE {form} but keys have none")
+
+    def _turns(self, cut: tuple[Node, ...], key: Node, form: RopeForm) -> bool:
+        """Whether, for any values of the cut, the key at each position is that at position 0 turned by the form."""
+        turn = np.stack([rotation_matrix(form, position) for position in PROBE_POSITIONS])
+        turn = turn @ np.linalg.inv(turn[0])  # of the rotated head: what is permuted and scaled is so at 0, too
+        try:
+            rows = [PROBE_POSITIONS, [0] * len(PROBE_POSITIONS)]
+            given = self._at(rows, len(rows))
+            for node in cut:
+                given[node] = self._random(node, given, alike=True)
+            turned, plain = self.graph.evaluate(key, given)  # [H,P,D] each
+        except CANNOT_EVALUATE:
+            return False
+        error = (turned - torch.einsum("poi,hpi->hpo", torch.from_numpy(turn), plain)).abs()
+        # a model's own float32 table is off by the rounding of its angles
+        allowed = torch.tensor(PROBE_POSITIONS).clamp(min=1)[:, None] * TOLERANCE * max(1.0, float(plain.abs().max()))
+        return bool((error <= allowed).all())
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+    def _at(self, positions: list[Any], batch: int) -> dict[Node, Tensor]:
+        """Inputs of a run at those positions (one row, or one a sequence)."""
+        table = torch.tensor([list(row) for row in positions]).expand(batch, -1)
+        return {self.graph.inputs["input_ids"]: torch.zeros_like(table), self.graph.inputs["position_ids"]: table}
+
+    def _random(self, node: Node, given: dict[Node, Tensor], alike: bool = False) -> Tensor:
+        """Random values for a node in a run with those inputs; alike: the same for every sequence."""
+        ids = self.graph.inputs["input_ids"]
+        sizes = {str(size): real for size, real in zip(self.graph.shape(ids), given[ids].shape, strict=True)}
+        named = list(map(str, self.graph.shape(node)))
+        generator = torch.Generator().manual_seed(self.order[node])
+        shape = [sizes.get(size) or int(size) for size in named]
+        values = torch.randn(shape, dtype=torch.float64, generator=generator)
+        if alike:
+            axis = named.index(str(self.graph.shape(ids)[0]))
+            values = values.narrow(axis, 0, 1).expand(shape)
+        return values
+
+    def _remembered(self, question: Callable[..., T], above: Any, below: Node, *more: Any) -> T:
+        """The answer, or refusal, to a question about the subgraph between, asked once for all layers alike."""
+        cut = (above,) if isinstance(above, Node) else above
+        extra = tuple(repr(m) if isinstance(m, RopeForm) else m for m in more)
+        signature = (question.__name__, _signature(self.graph, cut, below), *extra)
+        if signature not in self.known:
+            try:
+                self.known[signature] = question(above, below, *more)
+            except _NoRope as refused:
+                self.known[signature] = refused.reason
+        answer = self.known[signature]
+        if isinstance(answer, str):
+            raise _NoRope(cut[0], answer)
+        return answer  # type: ignore[no-any-return]
+
+
+class _Walk:
+    """The way up from a tensor through its data; the frontier is always a cut: all the data flows through it."""
+
+    def __init__(self, finder: _Finder, start: Iterable[Node]):
+        self.finder = finder
+        self.frontier = set(start)
+        self.products = 0  # operations passed that also take a tensor of the positions alone
+        self.counted: Node | None = None  # a tensor of the tokens' number alone
+        self.sequence = str(finder.graph.shape(finder.graph.inputs["input_ids"])[1])
+
+    def last(self) -> Node:
+        return max(self.frontier, key=self.finder.order.__getitem__)
+
+    def waist(self) -> bool:
+        """Whether all the data flows through one tensor."""
+        return len(self.frontier) == 1 and _is_tensor(self.last())
+
+    def cut(self) -> tuple[Node, ...]:
+        """The frontier in graph order; empty while one of it is no tensor."""
+        nodes = sorted(self.frontier, key=self.finder.order.__getitem__)
+        return tuple(nodes) if all(map(_is_tensor, nodes)) else ()
+
+    def ended(self) -> bool:
+        return self._closed(self.last()) and all(map(self._closed, self.frontier))
+
+    def up(self) -> None:
+        """Replace the last open node by its inputs."""
+        graph = self.finder.graph
+        node = max((n for n in self.frontier if not self._closed(n)), key=self.finder.order.__getitem__)
+        self.frontier.remove(node)
+        for i in node.all_input_nodes:
+            if i in self.finder.data:
+                self.frontier.add(i)
+            elif i in self.finder.positional:
+                self.products += 1
+            elif _is_tensor(i) and self.sequence in map(str, graph.shape(i)):
+                self.counted = i
+        if not self.frontier:
             raise _NoRope(node, "the attention's input does not depend on the tokens")
+
+    def finish(self) -> None:
+        """Go on to the projections, where no position may enter any more; raises _NoRope where one does."""
+        self.products = 0
+        while not self.ended():
+            node = self.last()
+            self.up()
+            if self.products:
+                raise _NoRope(node, "the position enters before the rotation, too")
+        if self.counted:
+            raise _NoRope(self.counted, "depends on the token's index in the input instead of on position_ids")
+
+    def _closed(self, node: Node) -> bool:
+        return node.op == "placeholder" or node.target in PROJECTIONS
 
 
 def _is_tensor(node: Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.Tensor)  # not a size, and not the list that chunk or split gives
+    return isinstance(node.meta.get("val"), Tensor)  # not a size, and not the list that chunk or split gives
 
 
-def _signature(graph: Graph, pre: Node, post: Node) -> Any:
+def _signature(graph: Graph, cut: tuple[Node, ...], post: Node) -> Any:
     """Equal for subgraphs of the same operations on the same tables, whatever their nodes are called."""
-    names: dict[Node, Any] = {pre: ("pre", *map(str, graph.shape(pre)))}
+    names: dict[Node, Any] = {node: ("pre", index, *map(str, graph.shape(node))) for index, node in enumerate(cut)}
     operations: list[tuple[str, str]] = []
-    for node in graph.ancestors([post], stop=[pre]):
+    for node in graph.ancestors([post], stop=cut):
         if node.op == "placeholder":
             names[node] = node.name
             continue
         names[node] = len(operations)
         arguments = map_arg((node.args, node.kwargs), names.__getitem__)
         operations.append((str(node.target), repr(arguments)))
-    return tuple(operations)
+    return (tuple(names[node] for node in cut), tuple(operations))
 
 
-def probe(graph: Graph, pre: Node, post: Node) -> RopeForm:
+def probe(graph: Graph, pre: Node, post: Node, heads: int) -> RopeForm:
     """Measure the rotation between two nodes on unit vectors; raises _NoRope where it is none.
 
     The subgraph is linear in `pre`, so its values on the D unit vectors are the matrix M(p) of each position p. It is
-    RoPE if M(0) = s I on the rotated dims, and M(p) turns every pair of dims by p * inv_freq.
+    RoPE if M(0) only permutes the dims, scales the rotated ones by s, and M(p) turns every pair by p * inv_freq.
     """
-    matrices = _rotation_matrices(graph, pre, post, PROBE_POSITIONS)  # [P, D, D]: M(p)[out, in]
-    _check_length(graph, pre, post, matrices)
+    matrices = _rotation_matrices(graph, pre, post, heads, PROBE_POSITIONS)  # [P, D, D]: M(p)[out, in]
+    _check_length(graph, pre, post, heads, matrices)
     head_dim = matrices.shape[-1]
-    at_zero, at_one = matrices[0], matrices[1]
-    scaling = float(at_zero[0, 0])
-    moved = np.abs(at_one - at_zero).max(axis=1) > TOLERANCE * abs(scaling or 1)
-    diagonal = np.diag(at_zero)
-    if np.abs(at_zero - np.diag(diagonal)).max() > TOLERANCE:
-        raise _NoRope(pre, "RoPE at position 0 is not diagonal (dims are permuted between input and output)")
-    rotary_dim = _rotary_dim(at_one, moved, pre)
-    if np.abs(diagonal[:rotary_dim] - scaling).max() > TOLERANCE or scaling <= 0:
+    layout = np.abs(matrices[0]).argmax(1)
+    dims = np.arange(head_dim)
+    scales = matrices[0][dims, layout]
+    alone = matrices[0].copy()
+    alone[dims, layout] = 0
+    if np.abs(alone).max() > TOLERANCE or len(set(layout)) < head_dim or scales.min() <= TOLERANCE:
+        raise _NoRope(pre, "RoPE at position 0 is no permutation of the head's dims")
+    inverse = np.argsort(layout)
+    scales = scales[inverse]
+    at_one = matrices[1][inverse] / scales[:, None]  # [D, D] in pre-RoPE dims
+    moved = np.abs(matrices[1:] - matrices[0]).max((0, 2))[inverse] > TOLERANCE * scales
+    linked = np.abs(at_one - np.diag(np.diag(at_one))) > 0
+    rotated = np.flatnonzero(moved | linked.any(1))
+    if not len(rotated):
+        raise _NoRope(pre, "nothing rotates between positions 0 and 1")
+    scaling = float(scales[rotated[0]])
+    if np.abs(scales[rotated] - scaling).max() > TOLERANCE:
         raise _NoRope(pre, "RoPE at position 0 does not scale all rotated dims alike")
-    if np.abs(diagonal[rotary_dim:] - 1).max(initial=0) > TOLERANCE:
+    if np.abs(np.delete(scales, rotated) - 1).max(initial=0) > TOLERANCE:
         raise _NoRope(pre, "the dims that are not rotated are scaled")
-    for kind in ("half_split", "interleaved"):
-        form = RopeForm(kind, head_dim, rotary_dim, np.zeros(rotary_dim // 2), scaling)
-        real, imaginary = form.pairs
-        inv_freq = np.arctan2(at_one[imaginary, real], at_one[real, real])
-        form = RopeForm(kind, head_dim, rotary_dim, inv_freq, scaling)
-        error = max(
-            # a model's own float32 table is off by the rounding of its angles
-            float(np.abs(matrix - rotation_matrix(form, position)).max()) / max(1, position)
-            for matrix, position in zip(matrices, PROBE_POSITIONS, strict=True)
-        )
-        if error < TOLERANCE * max(1.0, scaling):
-            return form
-    raise _NoRope(pre, "the rotation is neither half-split nor interleaved with angles proportional to the position")
+    partner = linked.argmax(1)
+    if (linked[rotated].sum(1) != 1).any() or (partner[partner[rotated]] != rotated).any():
+        raise _NoRope(pre, "the rotated dims do not turn in pairs")
+    real = rotated[rotated < partner[rotated]]
+    imaginary = partner[real]
+    inv_freq = np.arctan2(at_one[imaginary, real], at_one[real, real])
+    indices = (tuple(map(int, side)) for side in (real, imaginary, layout))
+    form = RopeForm.of_pairs(*indices, inv_freq, scaling)
+    for matrix, position in zip(matrices, PROBE_POSITIONS, strict=True):
+        # a model's own float32 table is off by the rounding of its angles
+        error = float(np.abs(matrix - rotation_matrix(form, position)).max()) / max(1, position)
+        if error >= TOLERANCE * max(1.0, scaling):
+            raise _NoRope(pre, "the pairs of dims are not turned by angles proportional to the position")
+    return form
 
 
 def rotation_matrix(form: RopeForm, position: float) -> np.ndarray:
-    """M(position) [D, D] of a form: what probing must find."""
+    """M(position) [D, D] of a form, from the pre-RoPE head to the rotated one: what probing must find."""
     matrix = np.eye(form.head_dim)
     real, imaginary = form.pairs
     angle = form.inv_freq * position
     matrix[real, real] = matrix[imaginary, imaginary] = form.scaling * np.cos(angle)
     matrix[imaginary, real] = form.scaling * np.sin(angle)
     matrix[real, imaginary] = -form.scaling * np.sin(angle)
-    return matrix
+    return matrix[form.source]
 
 
-def _rotary_dim(at_one: np.ndarray, moved: np.ndarray, pre: Node) -> int:
-    """R: the first R dims take part in the rotation."""
-    off_diagonal = np.abs(at_one - np.diag(np.diag(at_one))).max(axis=1) > 0
-    rotated = np.flatnonzero(moved | off_diagonal)
-    if not len(rotated):
-        raise _NoRope(pre, "nothing rotates between positions 0 and 1")
-    count = len(rotated)
-    if count % 2 or rotated[-1] != count - 1:
-        raise _NoRope(pre, f"the rotated dims are not the first ones of the head ({count} of {len(at_one)} rotate)")
-    return count
-
-
-def _check_length(graph: Graph, pre: Node, post: Node, matrices: np.ndarray) -> None:
+def _check_length(graph: Graph, pre: Node, post: Node, heads: int, matrices: np.ndarray) -> None:
     """Raise _NoRope where the rotation of a token changes when a later one is there, naming the length.
 
     Keys that are cached would no longer fit: they were rotated when the text was shorter.
     """
 
     def changed(longest: int) -> bool:
-        found = _rotation_matrices(graph, pre, post, (*PROBE_POSITIONS, longest))[:-1]
+        found = _rotation_matrices(graph, pre, post, heads, (*PROBE_POSITIONS, longest))[:-1]
         return bool(np.abs(found - matrices).max() > TOLERANCE)
 
     try:
@@ -203,30 +394,31 @@ def _check_length(graph: Graph, pre: Node, post: Node, matrices: np.ndarray) -> 
     )
 
 
-def _rotation_matrices(graph: Graph, pre: Node, post: Node, probed: tuple[int, ...]) -> np.ndarray:
+def _rotation_matrices(graph: Graph, pre: Node, post: Node, heads: int, probed: tuple[int, ...]) -> np.ndarray:
     """[P, D, D] float64: the linear map from pre to post at every position probed, the same for every head.
 
     One more batch row holds random vectors, which only that map, applied to every head and position alone, explains.
     """
     batch, sequence = (str(size) for size in graph.shape(graph.inputs["input_ids"]))
-    shape = [str(size) for size in graph.shape(pre)]
-    post_shape = graph.shape(post)
-    head_dim, positions = int(post_shape[-1]), len(probed)
-    heads = int(post_shape[1])
-    if len(shape) != 4 or shape[-1] != str(head_dim) or {batch, sequence} - set(shape) or str(heads) not in shape:
-        raise _NoRope(pre, f"pre-RoPE tensor has shape {shape}, not batch, sequence, {heads} heads and {head_dim} dims")
+    shapes = [[str(size) for size in graph.shape(node)] for node in (pre, post)]
+    head_dim, positions = graph.shape(post)[-1], len(probed)
+    for shape in shapes:
+        if sorted(shape[:3]) != sorted([batch, sequence, str(heads)]) or shape[3:] != [str(head_dim)]:
+            raise _NoRope(
+                pre, f"pre-RoPE tensor has shape {shape}, not batch, sequence, {heads} heads and {head_dim} dims"
+            )
     unit = torch.eye(head_dim, dtype=torch.float64)[:, None, None].expand(-1, heads, positions, -1)
     generator = torch.Generator().manual_seed(0)
     mixed = torch.randn(1, heads, positions, head_dim, dtype=torch.float64, generator=generator)
-    axes = [{batch: 0, sequence: 2}.get(size, 1) for size in shape[:3]] + [3]
+    axes = np.argsort(graph.head_axes(pre)).tolist()
     given = {
         pre: torch.cat((unit, mixed)).permute(axes),  # [D+1,H,P,D] in the layout of pre
         graph.inputs["input_ids"]: torch.zeros(head_dim + 1, positions, dtype=torch.long),
         graph.inputs["position_ids"]: torch.tensor(probed).expand(head_dim + 1, positions),
     }
     try:
-        result = graph.evaluate(post, given)
-    except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
+        result = graph.evaluate(post, given).permute(graph.head_axes(post))
+    except CANNOT_EVALUATE as error:
         raise _NoRope(pre, f"the subgraph up to the attention cannot be evaluated alone: {error}") from error
     if list(result.shape) != [head_dim + 1, heads, positions, head_dim]:
         raise _NoRope(pre, f"the subgraph up to the attention gives shape {list(result.shape)}")
@@ -237,11 +429,3 @@ def _rotation_matrices(graph: Graph, pre: Node, post: Node, probed: tuple[int, .
     if (torch.einsum("poi,hpi->hpo", matrices, mixed[0]) - mixed_result).abs().max() > TOLERANCE:
         raise _NoRope(pre, "the subgraph up to the attention is not linear, or mixes heads or positions")
     return matrices.numpy()
-
-
-def _same_form(attention: Attention, query: RopeForm, key: RopeForm) -> None:
-    same = (query.kind, query.rotary_dim) == (key.kind, key.rotary_dim) and np.allclose(
-        query.inv_freq, key.inv_freq, rtol=1e-9, atol=0
-    )
-    if not same or abs(query.scaling - key.scaling) > TOLERANCE:
-        raise _NoRope(attention.node, f"queries have RoPE {query} but keys have {key}")

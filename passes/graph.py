@@ -57,6 +57,12 @@ class Graph:
     def shape(node: Node) -> tuple[Any, ...]:
         return tuple(node.meta["val"].shape)
 
+    def head_axes(self, node: Node) -> list[int]:
+        """Where batch, heads, sequence and dims stand in a 4-D node: permuted so, it is [B,H,S,D]."""
+        axes = [str(size) for size in self.shape(node)]
+        batch, sequence = (axes.index(str(size)) for size in self.shape(self.inputs["input_ids"]))
+        return [batch, ({0, 1, 2} - {batch, sequence}).pop(), sequence, 3]
+
     def calls(self, target: Any) -> list[Node]:
         return [n for n in self.fx.nodes if n.op == "call_function" and n.target is target]
 

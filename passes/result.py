@@ -67,13 +67,20 @@ class Attention:
 class RopeAttention:
     """An attention whose rotary embedding was found and verified.
 
-    query_pre and key_pre are the tensors before RoPE (the attention's own inputs where form.kind is "nope").
+    q_proj -> (q_norm) -> [query_pre] -> RoPE -> [query_post] -> (norm) -> [query_normed] -> (scale by position)
+           -> attention.query
+
+    All three are 4-D, heads and sequence in the model's own order. Without a norm after RoPE query_normed is
+    query_post; where form.kind is "nope" all three are one. arranged: query and key reach the attention in half-split
+    order with the rotated dims first (see arrange_heads), whatever the form.
     """
 
     attention: Attention
     query_pre: Node
-    key_pre: Node
+    query_post: Node
+    query_normed: Node
     form: RopeForm
+    arranged: bool = False
 
 
 @dataclass

@@ -7,12 +7,14 @@ exp(i w_f d), the score of a *cached, rotated* key k~ is linear in it:
 
 RoPE_T is the model's own RoPE subgraph, cloned and fed with c m, so every RoPE form is right by construction. Dims
 that are not rotated join the dot product as they are. For the maximum over offsets, every offset is a row of its own.
+Where arrange_heads permuted the keys, the centre is permuted alike once it is rotated.
 
 Centres are constants from a statistics file, or (online) state of the sequence: a mean of its own pre-RoPE queries
 that forgets half in 128 tokens.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -58,19 +60,22 @@ def triattention(
 ) -> ScoreInputs:
     """Build the rotated centres. centres None: online, with the state inputs centre and magnitude."""
     form = common_form(matches)
+    if any(match.arranged for match in matches):
+        form = replace(form, kind="half_split", real=(), imaginary=(), layout=())
     if centres is None:
         mean, magnitude = _online_centres(graph, cache, matches, form)
     else:
         mean = graph.constant("query_mean", torch.from_numpy(centres.mean[:, None]).float())  # [L,1,Hq,D]
         magnitude = graph.constant("query_magnitude", torch.from_numpy(centres.magnitude[:, None]).float())
     with graph.before(graph.output_node):
-        centre = _rotated_centre(graph, cache, matches, options, mean)
+        mean = _by_form(graph, matches, mean, lambda part, match, _: _arranged(graph, part, match))
+        centre = _rotated_centre(graph, cache, matches, options, form, mean)
         weight = _norm_weight(graph, matches, options, form, mean, magnitude)
     return ScoreInputs("trig", centre, weight, form.rotary_dim, form.interleaved)
 
 
 def common_form(matches: list[RopeAttention]) -> RopeForm:
-    """The pairing that all rotated layers share; raises MatchError where they differ, or where none is rotated."""
+    """The form of the first rotated layer; raises MatchError where others rotate more or fewer dims, or none does."""
     forms = [(m.attention.layer, m.form) for m in matches if m.form.kind != "nope"]
     if not forms:
         raise MatchError(
@@ -78,10 +83,10 @@ def common_form(matches: list[RopeAttention]) -> RopeForm:
         )
     layer, first = forms[0]
     for other_layer, other in forms[1:]:
-        if (other.kind, other.rotary_dim) != (first.kind, first.rotary_dim):
+        if other.rotary_dim != first.rotary_dim:
             raise MatchError(
-                f"layer {layer} has RoPE {first}, layer {other_layer} has {other}: different pairings in one model "
-                "are not supported yet"
+                f"layer {layer} has RoPE {first}, layer {other_layer} has {other}: rotary embeddings of "
+                f"{first.rotary_dim} and of {other.rotary_dim} dims in one model are not supported yet"
             )
     return first
 
@@ -93,74 +98,100 @@ def offset_factors(form: RopeForm, offsets: list[int], aggregation: str) -> np.n
 
 
 def _rotated_centre(
-    graph: Graph, cache: Cache, matches: list[RopeAttention], options: TriAttention, mean: Node
+    graph: Graph, cache: Cache, matches: list[RopeAttention], options: TriAttention, form: RopeForm, mean: Node
 ) -> Node:
-    """mean [L,B or 1,Hq,D] -> RoPE_T(mean * m) [L,B,Hq,J,D]."""
+    """mean [L,B or 1,Hq,D] -> RoPE_T(mean * m) [L,B,Hq,J,D], both as the cached keys are arranged."""
     call = graph.call
-    shifted = _shift(graph, matches, options, mean)
+    shifted = _shift(graph, matches, options, form, mean)
     batch = graph.size(graph.inputs["input_ids"], 0)
     rows = graph.shape(shifted)[3]
+
+    def rotated(part: Node, match: RopeAttention, layers: int) -> Node:
+        part = call(aten.expand.default, part, [-1, batch, -1, -1, -1])
+        if match.form.kind == "nope":
+            return part
+        if not match.arranged:
+            return _rotate(graph, cache, match, part, layers, rows)
+        before, after = match.form.arranged
+        return _dims(graph, _rotate(graph, cache, match, _dims(graph, part, np.argsort(before)), layers, rows), after)
+
+    return _by_form(graph, matches, shifted, rotated)
+
+
+def _by_form(
+    graph: Graph, matches: list[RopeAttention], layers: Node, change: Callable[[Node, RopeAttention, int], Node]
+) -> Node:
+    """change(part [l,...], a match, l) on the layers of each form alone; layers [L,...] come back in their order."""
     groups: dict[Any, list[int]] = {}
     for index, match in enumerate(matches):
         form = match.form
-        groups.setdefault((form.kind, form.inv_freq.tobytes(), form.scaling), []).append(index)
+        key = (form.kind, form.inv_freq.tobytes(), form.scaling, form.pairs[0].tobytes(), form.layout)
+        groups.setdefault(key, []).append(index)
     parts, order = [], []
     for indices in groups.values():
-        part = _pick(graph, shifted, indices)
-        part = call(aten.expand.default, part, [-1, batch, -1, -1, -1])
-        match = matches[indices[0]]
-        parts.append(part if match.form.kind == "nope" else _rotate(graph, cache, match, part, len(indices), rows))
+        parts.append(change(_pick(graph, layers, indices), matches[indices[0]], len(indices)))
         order.extend(indices)
     if len(parts) == 1:
         return parts[0]
-    return _pick(graph, call(aten.cat.default, parts, 0), list(np.argsort(order)))
+    return _pick(graph, graph.call(aten.cat.default, parts, 0), list(np.argsort(order)))
 
 
-def _shift(graph: Graph, matches: list[RopeAttention], options: TriAttention, mean: Node) -> Node:
+def _arranged(graph: Graph, node: Node, match: RopeAttention) -> Node:
+    """Pre-RoPE vectors [...,D] as the cached keys are arranged."""
+    return _dims(graph, node, match.form.arranged[0]) if match.arranged else node
+
+
+def _dims(graph: Graph, node: Node, order: np.ndarray) -> Node:
+    """The last axis in that order."""
+    index = graph.constant(f"dims_{len(graph.specs)}", torch.from_numpy(order))
+    return graph.call(aten.index_select.default, node, len(graph.shape(node)) - 1, index)
+
+
+def _shift(graph: Graph, matches: list[RopeAttention], options: TriAttention, form: RopeForm, mean: Node) -> Node:
     """mean [L,b,Hq,D] times the offset factors of each layer -> [L,b,Hq,J,D]; un-rotated dims times 1."""
     rows = 1 if options.aggregation == "mean" else len(options.offsets)
     head_dim = matches[0].form.head_dim
     real = np.ones((len(matches), 1, 1, rows, head_dim))
     imaginary = np.zeros_like(real)
+    re, im = form.pairs
     partner = np.arange(head_dim)
+    partner[re], partner[im] = im, re
     for index, match in enumerate(matches):
         if match.form.kind == "nope":
             continue
-        re, im = match.form.pairs
         m = offset_factors(match.form, options.offsets, options.aggregation)
         real[index, 0, 0][:, re] = real[index, 0, 0][:, im] = m.real
         # (a + ib)(x + iy) = (ax - by) + i(bx + ay)
         imaginary[index, 0, 0][:, re] = -m.imag
         imaginary[index, 0, 0][:, im] = m.imag
-        partner[re], partner[im] = im, re
     if not options.trig:
         real[:], imaginary[:] = 0.0, 0.0
     call = graph.call
     real_node = graph.constant("offset_real", torch.from_numpy(real).float())
     imaginary_node = graph.constant("offset_imaginary", torch.from_numpy(imaginary).float())
-    partner_node = graph.constant("pair_partner", torch.from_numpy(partner))
     mean = call(aten.unsqueeze.default, mean, 3)
-    turned = call(aten.index_select.default, mean, 4, partner_node)
+    turned = _dims(graph, mean, partner)
     return call(aten.add.Tensor, call(aten.mul.Tensor, mean, real_node), call(aten.mul.Tensor, turned, imaginary_node))
 
 
 def _rotate(graph: Graph, cache: Cache, match: RopeAttention, centre: Node, layers: int, rows: int) -> Node:
     """The model's own RoPE at position T on centre [L,B,Hq,J,D]: layers and rows take the place of the sequence."""
     call = graph.call
-    batch_symbol, sequence = graph.shape(cache.positions)
+    sequence = graph.shape(cache.positions)[1]
     batch = graph.size(cache.position, 0)
     heads, head_dim = match.attention.query_heads, match.form.head_dim
     flat = call(aten.permute.default, centre, [1, 2, 0, 3, 4])
     flat = call(aten.reshape.default, flat, [batch, heads, layers * rows, head_dim])  # [B,Hq,L*J,D]
-    axes = [str(size) for size in graph.shape(match.query_pre)]
-    order = {str(batch_symbol): 0, str(sequence): 2}
-    layout = [order.get(size, 1) for size in axes[:3]] + [3]
-    if layout != [0, 1, 2, 3]:
-        flat = call(aten.permute.default, flat, layout)
+    axes = graph.head_axes(match.query_pre)
+    if axes != [0, 1, 2, 3]:
+        flat = call(aten.permute.default, flat, np.argsort(axes).tolist())
     now = call(aten.unsqueeze.default, cache.position, 1)
     now = call(aten.expand.default, now, [-1, layers * rows])
     given = {match.query_pre: flat, cache.positions: now}
-    turned = graph.clone(match.attention.query, given, {str(sequence): layers * rows})
+    turned = graph.clone(match.query_post, given, {str(sequence): layers * rows})
+    axes = graph.head_axes(match.query_post)
+    if axes != [0, 1, 2, 3]:
+        turned = call(aten.permute.default, turned, axes)
     turned = call(aten.reshape.default, turned, [batch, heads, layers, rows, head_dim])
     return call(aten.permute.default, turned, [2, 0, 1, 3, 4])
 
@@ -219,11 +250,15 @@ def _online_centres(graph: Graph, cache: Cache, matches: list[RopeAttention], fo
         decay = call(aten.unsqueeze.default, decay, 2)  # [B,1,1]
         floats = [call(aten.to.dtype, tap, torch.float32) for tap in taps]
         queries = call(aten.cat.default, floats, 1)  # [B,L*Hq,S,D]
+        paired = queries
+        if any(match.arranged for match in matches):
+            arranged = [_arranged(graph, tap, match) for tap, match in zip(floats, matches, strict=True)]
+            paired = call(aten.cat.default, arranged, 1)
         batch_size = graph.size(graph.inputs["input_ids"], 0)
         states = []
         for state, values, width in (
             (centre, queries, head_dim),
-            (magnitude, _pair_magnitude(graph, form, queries), bands),
+            (magnitude, _pair_magnitude(graph, form, paired), bands),
         ):
             new = call(aten.matmul.default, share, values)  # [B,L*Hq,1,width]
             new = call(aten.reshape.default, new, [batch_size, layers, heads, width])

@@ -40,6 +40,12 @@ def rope(kind="half_split", rotary_dim=16, scaling=1.0, theta=1e4):
     return RopeForm(kind, 16, rotary_dim, theta ** (-np.arange(0, rotary_dim, 2) / max(rotary_dim, 1)), scaling)
 
 
+def paired():
+    """Even/odd pairs of the last four dims go in, halves come out."""
+    layout = (*range(12), 12, 14, 13, 15)
+    return RopeForm.of_pairs((12, 14), (13, 15), layout, np.array([1.0, 0.1]))
+
+
 def queries(tokens=40, batch=2, seed=0, heads=HEADS, dim=16):
     return torch.randn(batch, heads, tokens, dim, generator=torch.Generator().manual_seed(seed)) + 0.5
 
@@ -194,7 +200,8 @@ def assert_same_layer(found, expected, atol=0.0):
         str(expected.rope),
         expected.rope.kind,
     )
-    assert (found.rope.head_dim, found.rope.rotary_dim) == (expected.rope.head_dim, expected.rope.rotary_dim)
+    for name in ("head_dim", "rotary_dim", "real", "imaginary", "layout"):
+        assert getattr(found.rope, name) == getattr(expected.rope, name)
     assert found.rope.scaling == expected.rope.scaling
     np.testing.assert_allclose(found.rope.inv_freq, expected.rope.inv_freq, rtol=0, atol=0)
     np.testing.assert_allclose(found.q_mean, expected.q_mean, rtol=0, atol=atol)
@@ -202,7 +209,7 @@ def assert_same_layer(found, expected, atol=0.0):
 
 
 def test_round_trip(path):
-    statistics = make(rope(), rope("interleaved", 6, 1.2), rope("nope", 0))
+    statistics = make(rope(), rope("interleaved", 6, 1.2), rope("nope", 0), paired())
     save(statistics, path)
     found = load(path)
     assert (found.tokens, found.tokens_planned, found.text_sha256) == (80, 100, "feed")

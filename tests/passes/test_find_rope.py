@@ -87,7 +87,7 @@ def test_form_of_every_tiny_model(name):
         assert rope.attention.layer == index
         if name == "smollm3" and index % 2:
             assert (rope.form.kind, rope.form.rotary_dim, len(rope.form.inv_freq)) == ("nope", 0, 0)
-            assert rope.query_pre is rope.attention.query and rope.key_pre is rope.attention.key
+            assert rope.query_pre is rope.query_post is rope.query_normed is rope.attention.query
             continue
         form = rope.form
         assert (form.kind, form.head_dim, form.rotary_dim) == EXPECTED[name]
@@ -183,6 +183,37 @@ class PartialInterleaved(Strided):
         return torch.cat((super().one(x[..., :4], angles[..., :2]), x[..., 4:]), -1)
 
 
+class PermutedDims(Llama):
+    def one(self, x, angles):
+        return super().one(x, angles)[..., [1, 0, 2, 3, 5, 4, 6, 7]]
+
+
+class EvenOdd(Llama):
+    """As in DeepSeek-V3: pairs (0, 1), (2, 3), ... go in, halves come out."""
+
+    def one(self, x, angles):
+        real, imaginary = x[..., ::2], x[..., 1::2]
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((real * cos - imaginary * sin, imaginary * cos + real * sin), -1)
+
+
+class OddPairs(Llama):
+    """Pairs (0, 1), (2, 3) by one rule and (4, 6), (5, 7) by another."""
+
+    def one(self, x, angles):
+        first, second = x[..., [0, 2, 4, 5]], x[..., [1, 3, 6, 7]]
+        cos, sin = angles.cos(), angles.sin()
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+        return turned[..., [0, 4, 1, 5, 2, 3, 6, 7]]
+
+
+class LastDims(Llama):
+    """As in DeepSeek's heads: the rotated dims come last."""
+
+    def one(self, x, angles):
+        return torch.cat((x[..., :4], super().one(x[..., 4:], angles[..., :2])), -1)
+
+
 class Backwards(Llama):
     """Turned the other way round: the same form with negative frequencies."""
 
@@ -201,6 +232,10 @@ class Backwards(Llama):
         (Scaled, "half_split", 8, 1.25, 1),
         (Partial, "half_split", 6, 1, 1),
         (PartialInterleaved, "interleaved", 4, 1, 1),
+        (PermutedDims, "paired", 8, 1, 1),
+        (EvenOdd, "paired", 8, 1, 1),
+        (OddPairs, "paired", 8, 1, 1),
+        (LastDims, "paired", 4, 1, 1),
         (Backwards, "half_split", 8, 1, -1),
     ],
 )
@@ -244,6 +279,86 @@ def test_without_rotation_the_form_is_nope():
     assert (form.kind, form.head_dim, form.rotary_dim, form.scaling, len(form.inv_freq)) == ("nope", 8, 0, 1, 0)
 
 
+# -- what may follow the rotation ------------------------------------------------------------------------------
+
+
+class Tempered(Llama):
+    """Queries that also grow with the position."""
+
+    def scale(self, positions):
+        return 1 + 0.1 * torch.log1p(positions.float())
+
+    def forward(self, query, key, positions):
+        query, key = super().forward(query, key, positions)
+        return query * self.scale(positions)[:, None, :, None], key
+
+
+class LateTempered(Tempered):
+    """As in Ministral 3: the scale is 1 up to a length that no probe of the rotation reaches."""
+
+    def scale(self, positions):
+        return 1 + 0.1 * torch.log1p((positions // 16384).float())
+
+
+class TemperedNope(Tempered):
+    """As in some layers of Llama 4: no rotation, and queries that grow with the position."""
+
+    def one(self, x, angles):
+        return x
+
+
+class NormedAfter(Llama):
+    """A norm after RoPE, as in Llama 4: not linear, though it is on unit vectors."""
+
+    def one(self, x, angles):
+        x = super().one(x, angles)
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+class TemperedNormedAfter(Tempered, NormedAfter):
+    pass
+
+
+class ScaledPairs(Llama):
+    """Both dims of a pair alike, so a turned pair is scaled as an unturned one."""
+
+    def one(self, x, angles):
+        return super().one(x, angles) * torch.tensor([1.0, 2, 3, 4, 1, 2, 3, 4])
+
+
+@pytest.mark.parametrize(
+    ("rope", "kind", "normed", "scaled"),
+    [
+        (Tempered, "half_split", False, True),
+        (LateTempered, "half_split", False, True),
+        (TemperedNope, "nope", False, True),
+        (NormedAfter, "half_split", True, False),
+        (TemperedNormedAfter, "half_split", True, True),
+        (ScaledPairs, "half_split", True, False),
+    ],
+)
+def test_norm_and_scale_after_the_rotation(rope, kind, normed, scaled):
+    """query = scale(position) * normed(rotated(query_pre)), and the three nodes say where each begins."""
+    graph = graph_of(ToyDecoder(rope()))
+    found = find_rope(graph, find_attention(graph).matches)
+    assert not found.misses, str(found.misses[0])
+    (match,) = found.matches
+    assert match.form.kind == kind
+    assert (match.query_normed is not match.query_post) == normed
+    assert (match.attention.query is not match.query_normed) == scaled
+    tokens = torch.randint(3, 300, (2, 6))
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5], [7, 9, 11, 40000, 50000, 60000]])
+    given = {graph.inputs["input_ids"]: tokens, graph.inputs["position_ids"]: positions}
+    nodes = (match.query_pre, match.query_post, match.attention.query)
+    pre, post, query = (graph.evaluate(node, given) for node in nodes)
+    turn = torch.from_numpy(np.stack([[rotation_matrix(match.form, int(p)) for p in row] for row in positions]))
+    torch.testing.assert_close(torch.einsum("bsoi,bhsi->bhso", turn, pre), post, rtol=0, atol=1e-9)
+    normed_pre = graph.evaluate(match.query_normed, given | {match.query_post: pre})
+    turned = torch.einsum("bsoi,bhsi->bhso", turn, normed_pre)
+    scale = rope().scale(positions)[:, None, :, None].double() if scaled else 1
+    torch.testing.assert_close(turned * scale, query, rtol=1e-6, atol=1e-9)
+
+
 # -- rotations that are refused --------------------------------------------------------------------------------
 
 
@@ -277,36 +392,19 @@ class PerHead(Llama):
         return super().one(x, angles * heads)
 
 
-class PermutedDims(Llama):
-    def one(self, x, angles):
-        return super().one(x, angles)[..., [1, 0, 2, 3, 5, 4, 6, 7]]
-
-
-class OddPairs(Llama):
-    """Pairs (0, 1), (2, 3) by one rule and (4, 6), (5, 7) by another."""
-
-    def one(self, x, angles):
-        first, second = x[..., [0, 2, 4, 5]], x[..., [1, 3, 6, 7]]
-        cos, sin = angles.cos(), angles.sin()
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-        return turned[..., [0, 4, 1, 5, 2, 3, 6, 7]]
-
-
 class ScaledRest(Llama):
     def one(self, x, angles):
         return torch.cat((super().one(x[..., :4], angles[..., :2]), 2 * x[..., 4:]), -1)
 
 
-class LastDims(Llama):
-    """As in DeepSeek's heads: the rotated dims come last."""
+class ScaledBands(Chunked):
+    """The table itself is larger for some bands."""
 
     def one(self, x, angles):
-        return torch.cat((x[..., :4], super().one(x[..., 4:], angles[..., :2])), -1)
-
-
-class ScaledPairs(Llama):
-    def one(self, x, angles):
-        return super().one(x, angles) * torch.tensor([1.0, 2, 3, 4, 1, 2, 3, 4])
+        first, second = x.chunk(2, -1)
+        size = torch.tensor([1.0, 2, 3, 4])
+        cos, sin = size * angles.cos(), size * angles.sin()
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
 class Reflected(Llama):
@@ -318,20 +416,36 @@ class Reflected(Llama):
         return torch.cat((first * cos + second * sin, second * cos + first * sin), -1)
 
 
-class Tempered(Llama):
-    """Queries that also grow with the position, as in Llama 4."""
-
-    def forward(self, query, key, positions):
-        query, key = super().forward(query, key, positions)
-        return query * (1 + 0.1 * torch.log1p(positions.float()))[:, None, :, None], key
-
-
-class NormedAfter(Llama):
-    """A norm after RoPE, as in Llama 4: not linear, though it is on unit vectors."""
+class WeightedAfter(Llama):
+    """A weight for each dim after RoPE: the two dims of a pair are no longer alike."""
 
     def one(self, x, angles):
-        x = super().one(x, angles)
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return super().one(x, angles) * torch.linspace(0.5, 2, 8)
+
+
+class WeightedNormAfter(NormedAfter):
+    """As in HunYuan."""
+
+    def one(self, x, angles):
+        return super().one(x, angles) * torch.linspace(0.5, 2, 8)
+
+
+class Twice(Llama):
+    def one(self, x, angles):
+        return super().one(super().one(x, angles), angles)
+
+
+class Swapped(Tempered):
+    """The scale is negative from some position on, so it turns the queries, too."""
+
+    def scale(self, positions):
+        return 1 - 0.1 * positions
+
+
+class TemperedKeys(Llama):
+    def forward(self, query, key, positions):
+        query, key = super().forward(query, key, positions)
+        return query, key * (1 + 0.1 * positions)[:, None, :, None]
 
 
 class Biased(Llama):
@@ -365,7 +479,8 @@ class Counted(Llama):
 
 LINEAR = torch.ops.aten.linear.default
 ATTENTION = torch.ops.keysieve.attention.default
-PROPORTIONAL = "neither half-split nor interleaved with angles proportional to the position"
+PROPORTIONAL = "the pairs of dims are not turned by angles proportional to the position"
+COMMUTE = "does not commute with the rotation"
 
 
 @pytest.mark.parametrize(
@@ -374,17 +489,16 @@ PROPORTIONAL = "neither half-split nor interleaved with angles proportional to t
         (Quadratic, PROPORTIONAL),
         (Logarithmic, PROPORTIONAL),
         (Capped, PROPORTIONAL),
-        (OddPairs, PROPORTIONAL),
         (Reflected, PROPORTIONAL),
-        (Tempered, PROPORTIONAL),
-        (Shifted, "not diagonal"),
-        (PermutedDims, "not diagonal"),
-        (Biased, "not linear"),
-        (NormedAfter, "not linear"),
+        (Swapped, "do not turn in pairs"),
+        (Shifted, "no permutation"),
+        (Biased, COMMUTE),
+        (WeightedAfter, COMMUTE),
+        (WeightedNormAfter, COMMUTE),
         (PerHead, "heads are rotated differently"),
         (ScaledRest, "the dims that are not rotated are scaled"),
-        (LastDims, "the rotated dims are not the first ones of the head (4 of 8 rotate)"),
-        (ScaledPairs, "does not scale all rotated dims alike"),
+        (ScaledBands, "does not scale all rotated dims alike"),
+        (Twice, "the position enters before the rotation, too"),
         (Counted, "position_ids"),
     ],
 )
@@ -394,11 +508,38 @@ def test_wrong_rotation_is_a_miss_with_its_reason(rope, reason):
     assert node.meta["val"].shape[-1] == 8, "the node is the rotation's input, not the projection before it"
 
 
-@pytest.mark.parametrize("rope", [OtherKeys, PlainKeys, ScaledKeys])
-def test_queries_and_keys_must_have_the_same_form(rope):
+@pytest.mark.parametrize("rope", [OtherKeys, PlainKeys, TemperedKeys])
+def test_keys_must_turn_as_the_queries_do(rope):
     reason, node = miss_of(rope())
-    assert reason.startswith("queries have RoPE") and "but keys have" in reason
+    assert reason.startswith("queries have RoPE half_split but keys ")
     assert node.target is ATTENTION
+
+
+def test_keys_may_be_scaled():
+    """The score takes the cached key as it is."""
+    assert form_of(ScaledKeys()).scaling == 1
+
+
+class SharedKeyPart(Llama):
+    """As in latent attention: one rotated part, expanded to all heads behind what is each head's own."""
+
+    def forward(self, query, key, positions):
+        angles = self.angles(positions)[..., :2]
+        query = torch.cat((query[..., :4], self.one(query[..., 4:], angles)), -1)
+        shared = self.one(key[:, :1, :, 4:], angles).expand(-1, key.shape[1], -1, -1)
+        return query, torch.cat((key[..., :4], shared), -1)
+
+
+class SharedKeyPartTurnedBackwards(SharedKeyPart):
+    def forward(self, query, key, positions):
+        return super().forward(query, key, positions)[0], super().forward(query, key, -positions)[1]
+
+
+def test_keys_need_no_single_tensor_before_rope():
+    form = form_of(SharedKeyPart())
+    assert (form.kind, form.real, form.imaginary, form.layout) == ("paired", (4, 5), (6, 7), tuple(range(8)))
+    reason, _ = miss_of(SharedKeyPartTurnedBackwards())
+    assert reason == "queries have RoPE paired partial 4/8 but keys are not turned alike"
 
 
 def test_one_bad_layer_does_not_hide_the_good_ones():
@@ -431,3 +572,26 @@ def test_rotation_matrix_turns_pairs(kind):
     np.testing.assert_allclose(found[real] + 1j * found[imaginary], pairs, rtol=1e-12)
     np.testing.assert_array_equal(found[4:], x[4:])
     assert str(form) == f"{kind} partial 4/6 scaling 2"
+
+
+def test_any_pairing_and_its_arrangement():
+    """Even/odd pairs of the last four dims go in, halves come out; the first two are not turned."""
+    form = RopeForm.of_pairs((2, 4), (3, 5), (0, 1, 2, 4, 3, 5), np.array([1.0, 0.25]), 2.0)
+    assert (form.kind, form.rotary_dim, str(form)) == ("paired", 4, "paired partial 4/6 scaling 2")
+    x = np.arange(1.0, 7)
+    turned = 2 * np.array([3 + 4j, 5 + 6j]) * np.exp(3j * form.inv_freq)
+    rotated = rotation_matrix(form, 3) @ x
+    np.testing.assert_allclose(rotated, [1, 2, *turned.real, *turned.imag], rtol=1e-12)
+    before, after = form.arranged
+    np.testing.assert_array_equal(x[before], [3, 5, 4, 6, 1, 2])
+    np.testing.assert_allclose(rotated[after], [*turned.real, *turned.imag, 1, 2], rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["half_split", "interleaved"])
+def test_usual_pairings_are_called_by_their_names(kind):
+    known = RopeForm(kind, 6, 4, np.array([1.0, 0.25]))
+    real, imaginary = (tuple(map(int, side)) for side in known.pairs)
+    form = RopeForm.of_pairs(real, imaginary, tuple(range(6)), known.inv_freq)
+    assert (form.kind, form.real, form.layout) == (kind, (), ())
+    other = RopeForm.of_pairs(real, imaginary, (1, 0, 2, 3, 4, 5), known.inv_freq)
+    assert other.kind == "paired"

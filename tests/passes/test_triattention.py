@@ -1,5 +1,7 @@
 """Scores of the rewritten graph against the paper's definition: un-rotate every key, and sum over the offsets."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -155,17 +157,20 @@ def test_offset_factors_are_the_mean_turn_or_one_turn_each():
     np.testing.assert_allclose(mean, each.mean(0), rtol=1e-15)
 
 
-def test_layers_with_different_pairings_are_an_error():
+def test_layers_that_rotate_more_or_fewer_dims_are_an_error():
     ropes = matched("llama").ropes
-    other = [
-        type(r)(r.attention, r.query_pre, r.key_pre, RopeForm("interleaved", 16, 16, r.form.inv_freq)) for r in ropes
-    ]
+
+    def with_form(layer, *form):
+        return replace(ropes[layer], form=RopeForm(*form))
+
     assert common_form(matched("smollm3").ropes).kind == "half_split"
-    with pytest.raises(MatchError, match="layer 0 has RoPE half_split, layer 1 has interleaved"):
-        common_form([ropes[0], other[1], ropes[2]])
-    none = [type(r)(r.attention, r.query_pre, r.key_pre, RopeForm("nope", 16, 0, np.zeros(0))) for r in ropes]
+    other_pairs = with_form(1, "interleaved", 16, 16, ropes[1].form.inv_freq)
+    assert common_form([ropes[0], other_pairs, ropes[2]]) is ropes[0].form
+    partial = with_form(1, "half_split", 16, 8, ropes[1].form.inv_freq[:4])
+    with pytest.raises(MatchError, match="layer 0 has RoPE half_split, layer 1 has half_split partial 8/16"):
+        common_form([ropes[0], partial, ropes[2]])
     with pytest.raises(MatchError, match="no layer has a rotary embedding"):
-        common_form(none)
+        common_form([with_form(layer, "nope", 16, 0, np.zeros(0)) for layer in range(3)])
 
 
 def test_default_offsets_are_the_papers():

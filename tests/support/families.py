@@ -15,6 +15,13 @@ MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 ROUTED = {**MIXTURE, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 LATENT = {"num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "v_head_dim": 16}
 LATENT |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16}
+WINDOW = 24
+MIXED: dict[str, Any] = {"sliding_window": WINDOW}
+MIXED |= {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}
+# Chunks, a norm after RoPE, and a layer without RoPE whose queries grow every 16 tokens.
+CHUNKED: dict[str, Any] = {"intermediate_size_mlp": 96, "num_local_experts": 2, "attention_chunk_size": WINDOW}
+CHUNKED |= {"layer_types": ["chunked_attention", "full_attention", "full_attention"]}
+CHUNKED |= {"no_rope_layers": [1, 1, 0], "floor_scale": 16}
 # GPT-J and its kin call their sizes by other names.
 SHORT_NAMES: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}
 SHORT_NAMES |= {"n_positions": POSITIONS, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": EOS}
@@ -34,12 +41,6 @@ def family(prefix: str, config: str = "", **options: Any) -> Callable[[], PreTra
 
     return build
 
-
-WINDOW = 24
-MIXED: dict[str, Any] = {
-    "sliding_window": WINDOW,
-    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
-}
 
 # Name -> how it is built, and which dims of a head form a pair in layers with full attention: "nope" where these do not
 # rotate, "" where the masked reference cannot hook the model.
@@ -65,6 +66,9 @@ COMPILED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "exaone4": (family("Exaone4", **GROUPED, sliding_window=None, layer_types=["full_attention"] * 3), "half_split"),
     "helium": (family("Helium", **HEADS_OF_16), "interleaved"),
     "ernie4_5": (family("Ernie4_5", **HEADS_OF_16), "interleaved"),
+    "deepseek_v3": (family("DeepseekV3", **LATENT, **ROUTED), "half_split, last"),
+    "deepseek_v2": (family("DeepseekV2", **LATENT, **ROUTED, head_dim=8), "interleaved, last"),
+    "llama4": (family("Llama4", "Llama4Text", **HEADS_OF_16, **CHUNKED), "interleaved"),
     "mistral, windows": (family("Mistral", **GROUPED, sliding_window=WINDOW), "half_split"),
     "ministral": (family("Ministral", **HEADS_OF_16, **MIXED), "half_split"),
     "gemma2": (family("Gemma2", **HEADS_OF_16, **MIXED), "half_split"),
@@ -84,20 +88,7 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
         family("Phi3", **GROUPED, rope_parameters=LONGROPE, original_max_position_embeddings=1024),
         "change with the length, from 1,025 tokens",
     ),
-    "deepseek_v3": (family("DeepseekV3", **LATENT, **ROUTED), "RoPE at position 0 is not diagonal"),
-    "deepseek_v2": (family("DeepseekV2", **LATENT, **ROUTED), "rotated dims are not the first ones of the head"),
-    "hunyuan": (family("HunYuanDenseV1", **HEADS_OF_16), "is not linear, or mixes heads or positions"),
-    "llama4": (
-        family(
-            "Llama4",
-            "Llama4Text",
-            **HEADS_OF_16,
-            intermediate_size_mlp=96,
-            num_local_experts=2,
-            attention_chunk_size=64,
-        ),
-        "is not linear, or mixes heads or positions",
-    ),
+    "hunyuan": (family("HunYuanDenseV1", **HEADS_OF_16), r"what follows RoPE \(half_split\) does not commute"),
     "lfm2": (
         family("Lfm2", **GROUPED, num_hidden_layers=2, layer_types=["conv", "full_attention"]),
         r"layer 0, node -: no attention in this layer \(conv\)",

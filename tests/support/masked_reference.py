@@ -133,7 +133,8 @@ class LayerRope:
     """The rotation of one layer: first and second dim of each band's pair [R/2], radians per position [R/2].
 
     turns(N) gives s * exp(i w p) as the model computes it, [N,R/2] complex for positions 0..N-1. A layer
-    without rotation has no bands. The dims outside all pairs (`plain`) are not rotated.
+    without rotation has no bands. The dims outside all pairs (`plain`) are not rotated. grows(positions [N]) is
+    the factor of the queries at those positions.
     """
 
     first: np.ndarray
@@ -142,6 +143,7 @@ class LayerRope:
     scaling: float
     head_dim: int
     turns: Callable[[int], np.ndarray]
+    grows: Callable[[np.ndarray], np.ndarray] = np.ones_like
 
     @property
     def plain(self) -> np.ndarray:
@@ -163,31 +165,42 @@ class LayerRope:
 def layer_ropes(model: PreTrainedModel, pairing: str | None = None) -> list[LayerRope]:
     """The rotation of every layer with full attention, from the model's own rotary module.
 
-    pairing: "half_split", "interleaved" or "nope"; by default what PAIRING says of the model type.
+    pairing: "half_split", "interleaved" (", last" where the last dims of a head are rotated) or "nope"; by default what
+    PAIRING says of the model type.
     """
     config = model.config
-    pairing = pairing or PAIRING[config.model_type]
+    pairing, _, place = (pairing or PAIRING[config.model_type]).partition(", ")
     # Where kinds of layers have tables of their own, the full ones have this.
     names = ("inv_freq", "full_attention_inv_freq")
     rotary, name = next((m, name) for m in model.modules() for name in names if hasattr(m, name))
     kind = {} if name == "inv_freq" else {"layer_type": "full_attention"}
     inv_freq = getattr(rotary, name)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = getattr(config, "qk_head_dim", head_dim)
     bands = np.arange(len(inv_freq))
     first = bands if pairing == "half_split" else 2 * bands
     second = bands + len(bands) if pairing == "half_split" else 2 * bands + 1
+    start = head_dim - 2 * len(bands) if place == "last" else 0
 
     def turns(count: int) -> np.ndarray:
-        cos, sin = rotary(torch.zeros(1), torch.arange(count)[None], **kind)
+        table = rotary(torch.zeros(1), torch.arange(count)[None], **kind)
+        if isinstance(table, torch.Tensor):  # of complex numbers
+            return table[0].to(torch.complex128).numpy()
+        cos, sin = table
         # A model's table has every band twice (one half after the other, or side by side), or once.
         column = second if pairing == "interleaved" and bool((cos[..., 0] == cos[..., 1]).all()) else bands
         return (cos[0, :, column].double() + 1j * sin[0, :, column].double()).numpy()
 
+    def grows(positions: np.ndarray) -> np.ndarray:
+        if not getattr(config, "attn_temperature_tuning", False):
+            return np.ones(len(positions))
+        return 1 + config.attn_scale * np.log1p((positions + 1) // config.floor_scale)
+
     none = np.array([], dtype=int)
     frequency = inv_freq.double().numpy()
     scaling = float(getattr(rotary, name.replace("inv_freq", "attention_scaling")))
-    rotated = LayerRope(first, second, frequency, scaling, head_dim, turns)
-    plain = LayerRope(none, none, np.zeros(0), 1.0, head_dim, turns)
+    rotated = LayerRope(start + first, start + second, frequency, scaling, head_dim, turns)
+    plain = LayerRope(none, none, np.zeros(0), 1.0, head_dim, turns, grows)
     uses = getattr(config, "no_rope_layers", None) or [1] * config.num_hidden_layers  # 1: the layer rotates
     return [rotated if uses[layer] and pairing != "nope" else plain for layer in full_layers(config)]
 
@@ -469,7 +482,8 @@ class MaskedReference:
         assert sequence.centres is not None
         for rope, state, rotated in zip(self.ropes, sequence.centres, queries, strict=True):
             count = rotated.shape[1]
-            query = rope.undo(rotated, np.arange(len(sequence.tokens) - count, len(sequence.tokens)))
+            places = np.arange(len(sequence.tokens) - count, len(sequence.tokens))
+            query = rope.undo(rotated, places) / rope.grows(places)[:, None]
             size = np.abs(rope.bands(query))
             for n in range(count):
                 state[0] = state[0] * DECAY + (1 - DECAY) * query[:, n]
@@ -549,7 +563,8 @@ def calibrate_by_hooks(
     for tokens in token_lists:
         _, layers = forward(model, tokens, causal)
         for rope, queries, (rotated, _) in zip(ropes, seen, layers, strict=True):
-            queries.append(rope.undo(rotated, np.arange(len(tokens))))
+            places = np.arange(len(tokens))
+            queries.append(rope.undo(rotated, places) / rope.grows(places)[:, None])
     results = []
     for rope, queries in zip(ropes, seen, strict=True):
         every = np.concatenate(queries, 1)  # [Hq,N,D]
