@@ -70,7 +70,8 @@ def inspect(
 def find_fast(model: "PreTrainedModel", progress: Progress) -> Matched:
     """What `find` finds, for less: with fixed sizes where that is enough. The graph is of no further use."""
     matched = find(model, progress, only_to_find=True)
-    if matched.misses:  # perhaps only because the code of a model writes the fixed sizes into its shapes
+    unknown = len(matched.windowed) - len(matched.window_forms)
+    if matched.misses or unknown:  # perhaps only because a model's code writes the fixed sizes into its shapes
         matched = find(model, progress)
     return matched
 

@@ -59,6 +59,12 @@ class TestedModel:
     def transformers(self) -> list[str]:
         return unique(tested.transformers for tested in self.versions)
 
+    def tested_with(self, library: str) -> str:
+        """ "5.23.0, (5.3.0)": the versions of a library; in brackets those with which the model was only matched."""
+        whole = unique(getattr(versions, library) for versions in self.versions)
+        rest = unique(getattr(versions, library) for versions in self.matched)
+        return ", ".join([*whole, *(f"({version})" for version in rest if version not in whole)])
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""
         found = self.outcome

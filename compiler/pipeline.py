@@ -23,6 +23,7 @@ from keysieve.passes.policies.stateless import stateless
 from keysieve.passes.policies.triattention import QueryCentres, TriAttention, triattention
 from keysieve.passes.result import Attention, Miss, RopeAttention
 from keysieve.passes.rope_form import RopeForm
+from keysieve.passes.rope_forms import lower_rope
 from keysieve.passes.tap_prerope import tap_only
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def find(
         graph = capture(model, implementation, only_to_find)
         stage.note(f"{len(graph.fx.nodes):,} nodes")
     with progress.stage("match") as stage:
+        lower_rope(graph)
         lower_complex(graph)
         lower_fills(graph)
         lowered = lower_attention(graph)

@@ -1,22 +1,34 @@
 """docs/extending.md, run: what the page adds is missed without it, and found with it."""
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.fx import Node
 
-from keysieve.passes import attention_forms
+from keysieve.passes import attention_forms, rope_forms
 from keysieve.passes.find_attention import find_attention
+from keysieve.passes.find_rope import find_rope
 from keysieve.passes.graph import Graph
 from keysieve.passes.lower_attention import lower_attention
-from support.graphs import graph_of, run
+from keysieve.passes.result import Found, RopeAttention
+from keysieve.passes.rope_forms import lower_rope, rope_form
+from support.graphs import ToyDecoder, graph_of, run
 from support.tiny_models import VOCABULARY
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
+
+
+@cache
+def operator() -> Any:
+    """The page's rotary kernel, which torch lets nobody register twice."""
+    return code(2)["rotary"]
 
 
 def code(number: int) -> dict[str, Any]:
@@ -31,6 +43,7 @@ def own_forms(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a block registers is gone after the test."""
     forms = {operator: list(readers) for operator, readers in attention_forms.FORMS.items()}
     monkeypatch.setattr(attention_forms, "FORMS", forms)
+    monkeypatch.setattr(rope_forms, "FORMS", dict(rope_forms.FORMS))
 
 
 class Decoder(nn.Module):
@@ -83,8 +96,8 @@ def test_what_a_form_says_is_verified() -> None:
         """Written like the page's, but its values are squared on the way."""
         return code(0)["attention"](query, key, value * value, positions)
 
-    def doubled(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        seen = positions[:, None, :, None] > positions[:, None, None, :]  # not itself
+    def shifted(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        seen = positions[:, None, :, None] > positions[:, None, None, :]
         logits = torch.einsum("bhqd,bhkd->bhqk", query, key) * 0.25 + torch.where(seen, 0.0, -1e9)
         return torch.einsum("bhqk,bhkd->bhqd", logits.softmax(-1), value)
 
@@ -94,7 +107,55 @@ def test_what_a_form_says_is_verified() -> None:
         return torch.einsum("bhqk,bhqd->bhkd", logits.softmax(-1), value)
 
     assert lower_attention(decoder_and_graph(squared)[1]) == []  # value * value is a value like any other
-    (miss,) = lower_attention(decoder_and_graph(doubled)[1])
+    (miss,) = lower_attention(decoder_and_graph(shifted)[1])
     assert "neither causal nor" in miss.reason
     (miss,) = lower_attention(decoder_and_graph(crossed)[1])
     assert miss.reason == "the result is not causal softmax attention of its query, key and value"
+
+
+# -- RoPE ------------------------------------------------------------------------------------------------------
+
+FREQUENCIES = torch.tensor([1.0, 0.3, 0.05, 0.002])
+
+
+def rotated(query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A toy decoder's RoPE with the page's kernel."""
+    angles = positions[:, None, :, None].float() * FREQUENCIES.repeat(2)
+    return operator()(query, key, angles.cos(), angles.sin())
+
+
+def search(graph: Graph) -> Found[RopeAttention]:
+    lower_rope(graph)
+    return find_rope(graph, find_attention(graph).matches)
+
+
+def test_without_the_form_the_rotation_is_a_miss() -> None:
+    found = search(graph_of(ToyDecoder(rotated)))
+    assert not found.matches and len(found.misses) == 1
+
+
+@torch.no_grad()
+def test_one_function_adds_the_rotation() -> None:
+    operator(), code(3)
+    decoder = ToyDecoder(rotated)
+    graph = graph_of(decoder)
+    (rope,) = search(graph).matches
+    assert (rope.form.kind, rope.form.rotary_dim, rope.form.scaling) == ("half_split", 8, 1)
+    np.testing.assert_allclose(rope.form.inv_freq, FREQUENCIES.double(), rtol=0, atol=1e-9)
+    assert not [node for node in graph.fx.nodes if "rotary" in str(node.target)], "ONNX has no such operator"
+    given = {"input_ids": torch.randint(3, 300, (2, 11)), "position_ids": torch.arange(11).repeat(2, 1)}
+    torch.testing.assert_close(run(graph, given)["logits"], decoder(**given), rtol=1e-5, atol=1e-5)
+
+
+def test_a_form_that_writes_no_rotation_is_refused() -> None:
+    operator()
+
+    @rope_form(torch.ops.example.rotary.default)
+    def scaled_only(graph: Graph, node: Node) -> None:
+        *tensors, cos, _ = node.args
+        for result in list(node.users):
+            with graph.before(node):
+                result.replace_all_uses_with(graph.call(torch.ops.aten.mul.Tensor, tensors[result.args[1]], cos))
+
+    found = search(graph_of(ToyDecoder(rotated)))
+    assert not found.matches and len(found.misses) == 1

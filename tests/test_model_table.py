@@ -7,7 +7,7 @@ import pytest
 
 from keysieve.compiler.models import Outcome, Versions, read_table
 from support import model_table
-from support.model_table import MATRIX, differences, documents, outcome_of, saved
+from support.model_table import MATCHING, MATRIX, differences, documents, outcome_of, saved
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -16,17 +16,16 @@ SAVED = TABLE[saved(TABLE)]
 
 
 def cases() -> list:
-    """All models of the table; the first of each form among those that pass is fast, and all others are slow.
+    """All models of the table: one of each form of attention and of RoPE is fast, and all others are slow.
 
     Refused ones are slow, since test_families matches them in the fast tests.
     """
-    forms, found = set(), []
+    fast = {}
     for name, outcome in SAVED.items():
-        form = (outcome.attention, re.sub(r"[\d./]+", "", outcome.rope_form or ""))
-        fast = outcome.status in ("pass", "matched") and form not in forms
-        forms |= {form} if fast else set()
-        found.append(pytest.param(name, marks=[] if fast else pytest.mark.slow))
-    return found
+        if outcome.status in MATCHING:
+            form = re.sub(r"[\d./]+", "", outcome.rope_form or "")  # sizes of the tiny models say nothing
+            fast[outcome.attention, form] = name
+    return [pytest.param(name, marks=[] if name in fast.values() else pytest.mark.slow) for name in SAVED]
 
 
 @pytest.mark.parametrize("name", cases())

@@ -44,6 +44,15 @@ def test_every_folder_with_python_files_is_a_package() -> None:
     assert not [folder for folder in folders if not (folder / "__init__.py").is_file()]
 
 
+def test_every_file_that_is_no_code_is_listed_as_data() -> None:
+    listed = PROJECT["tool"]["setuptools"]["package-data"]
+    for name, folder in ROOMS.items():
+        for file in folder.rglob("*"):
+            package = ".".join((name, *file.parent.relative_to(folder).parts))
+            if file.is_file() and file.suffix not in (".py", ".pyc"):
+                assert any(map(file.match, listed.get(package, []))), f"{file} would be missing from the wheel"
+
+
 def test_every_public_name_is_found() -> None:
     missing = [name for name in keysieve.__all__ if not hasattr(keysieve, name)]
     assert not missing

@@ -9,7 +9,9 @@ from keysieve.compiler.cli.terminal import show, show_json, table
 if TYPE_CHECKING:
     from keysieve.compiler.models import TestedModel
 
-OTHERS = "Models that are not listed are tried like these: `keysieve inspect MODEL` says which layers match."
+OTHERS = """\
+Versions in brackets: every layer matches, but the model was not compiled with them.
+Models that are not listed are tried like these: `keysieve inspect MODEL` says which layers match."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -28,11 +30,11 @@ def run(args: Namespace) -> int:
 
 
 def _text(tested: Sequence["TestedModel"]) -> str:
-    rows = [("architecture", "status", "attention", "RoPE", "evicts", "transformers")]
+    rows = [("architecture", "status", "attention", "RoPE", "evicts", "transformers", "torch")]
     reasons = []
     for model in tested:
         found = model.outcome
-        evicts = f"{found.evicts} of {found.layers} layers" if found.status == "pass" else "-"
+        evicts = f"{found.evicts} of {found.layers} layers" if found.status in ("pass", "matched") else "-"
         rows.append(
             (
                 found.architecture,
@@ -40,7 +42,8 @@ def _text(tested: Sequence["TestedModel"]) -> str:
                 found.attention or "-",
                 found.rope_form or "-",
                 evicts,
-                ", ".join(model.transformers),
+                model.tested_with("transformers"),
+                model.tested_with("torch"),
             )
         )
         if found.reason:

@@ -3,12 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import Qwen2Config
 
 from keysieve.compiler.config import EvictionConfig
-from keysieve.compiler.inspect import Report, inspect, report_of
+from keysieve.compiler.inspect import Report, find_fast, inspect, report_of
 from keysieve.compiler.model import load_skeleton
 from keysieve.compiler.pipeline import find
 from keysieve.compiler.progress import Progress
@@ -56,6 +57,24 @@ def test_fixed_sizes_find_what_the_compiler_finds(name: str, root: Path) -> None
     """inspect captures with fixed sizes, to be fast; compile with dynamic ones."""
     model = load_skeleton(tiny_folder(name, root))
     assert inspect(tiny_folder(name, root), SMALL) == report_of(model, find(model, QUIET), SMALL, "float32")
+
+
+@pytest.mark.parametrize(
+    ("misses", "window_forms", "captures"),
+    [([], {0: "form"}, [True]), (["miss"], {0: "form"}, [True, False]), ([], {}, [True, False])],
+)
+def test_what_fixed_sizes_do_not_show_is_looked_at_again(
+    misses: list, window_forms: dict, captures: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def stand_in(model: object, progress: Progress, only_to_find: bool = False) -> SimpleNamespace:
+        calls.append(only_to_find)
+        return SimpleNamespace(misses=misses, windowed=["attention"], window_forms=window_forms)
+
+    monkeypatch.setattr("keysieve.compiler.inspect.find", stand_in)
+    find_fast(None, QUIET)  # type: ignore[arg-type]
+    assert calls == captures
 
 
 def test_a_bundle_reports_what_it_was_compiled_from(root: Path, llama_report: Report) -> None:

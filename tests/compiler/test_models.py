@@ -40,6 +40,13 @@ def test_an_outcome_names_the_versions_that_have_it(new: Outcome, old: Outcome |
     assert [(m.outcome.status, m.transformers, len(m.matched)) for m in found] == expected
 
 
+def test_versions_that_only_match_are_in_brackets() -> None:
+    newer = Versions("5.23.0", "2.14.1")
+    (model,) = models({newer: {"a": MATCHED}, NEW: {"a": PASS}, OLD: {"a": MATCHED}})
+    assert model.tested_with("transformers") == "5.23.0, (5.3.0)"
+    assert model.tested_with("torch") == "2.13.0, (2.14.1)"
+
+
 def test_models_of_one_architecture_with_one_outcome_share_an_entry() -> None:
     assert len(models({NEW: {"a": PASS, "a, linear": PASS, "a, odd": REFUSED}})) == 2
 

@@ -18,6 +18,7 @@ TABLE_FILE = ROOT / "compiler" / TABLE
 DOCUMENT = ROOT / "docs" / "models.md"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- begin: written by `make models` -->\n", "<!-- end -->\n"
+MATCHING = ("pass", "matched")
 MATRIX = [*COMPILED, *REFUSED]
 
 
@@ -32,12 +33,12 @@ def saved(table: Table) -> Versions:
 
 
 def outcome_of(name: str) -> Outcome:
-    """What finding attention and RoPE in that model of the matrix says now; "pass" where all layers match."""
+    """What finding attention and RoPE in that model of the matrix says now: "pass" if all match, or "refused"."""
     model = family_model(name)
     try:
         matched = find_fast(model, Progress(quiet=True))
     except KeySieveError as error:
-        return Outcome(type(model).__name__, "fail", None, None, 0, 0, str(error))
+        return Outcome(type(model).__name__, "refused", None, None, 0, 0, str(error))
     layers = report_of(model, matched, EvictionConfig(), "float32").layers
     kinds = [layer.kind for layer in layers if layer.kind != "unsupported"]
     kinds += ["softcap"] if any(a.softcap for a in matched.attentions) else []
@@ -89,15 +90,15 @@ def documents(table: Table) -> dict[Path, str]:
 
 
 def _document(table: Table) -> str:
-    tested, first = models(table), next(iter(table))
-    passed = [model for model in tested if model.outcome.status == "pass"]
-    others = [model for model in tested if model.outcome.status != "pass"]
+    tested, names = models(table), unique(name for outcomes in table.values() for name in outcomes)
+    matching = [model for model in tested if model.outcome.status in MATCHING]
+    others = [model for model in tested if model.outcome.status not in MATCHING]
     architectures = len({model.outcome.architecture for model in tested})
     runs = [(str(versions), *map(str, _counts(outcomes.values()))) for versions, outcomes in table.items()]
     return f"""# Models
 
 {BEGIN}
-What the tests found for {len(table[first])} tiny models of {architectures} architectures. \
+What the tests found for {len(names)} tiny models of {architectures} architectures. \
 `keysieve models` prints the same table, `--json` for programs.
 
 * **pass**: compiled whole by `keysieve compile`. Without eviction the engine's logits are those of HuggingFace; with \
@@ -110,12 +111,12 @@ A model that is not listed is tried like all others, since no code asks for a mo
 says which layers match, and [extending.md](extending.md) how to add what does not.
 
 {_table(("versions", *STATUSES), runs)}
-## Pass
+## What matches
 
 "evicts": layers whose cache is kept inside the budget.
 
-{_table(("architecture", "attention", "RoPE", "evicts", "transformers", "torch"), map(_passed, passed))}
-## Refused
+{_table(("architecture", "status", "attention", "RoPE", "evicts", "transformers", "torch"), map(_matching, matching))}
+## What does not
 
 {_table(("architecture", "status", "reason", "transformers", "torch"), map(_other, others))}
 ## How the table is made
@@ -131,25 +132,16 @@ def _counts(outcomes: Iterable[Outcome]) -> list[int]:
     return [statuses.count(status) for status in STATUSES]
 
 
-def _passed(model: TestedModel) -> tuple[str, ...]:
+def _matching(model: TestedModel) -> tuple[str, ...]:
     found = model.outcome
     where = f"{found.evicts} of {found.layers} layers"
-    return (found.architecture, found.attention or "", found.rope_form or "", where, *_versions(model))
+    words = found.architecture, found.status, found.attention or "", found.rope_form or "", where
+    return *words, model.tested_with("transformers"), model.tested_with("torch")
 
 
 def _other(model: TestedModel) -> tuple[str, ...]:
-    return model.outcome.architecture, model.outcome.status, model.outcome.reason or "", *_versions(model)
-
-
-def _versions(model: TestedModel) -> tuple[str, str]:
-    """Versions of transformers and of torch; those with which a model was only matched in brackets."""
-
-    def listed(name: str) -> str:
-        full = unique(getattr(versions, name) for versions in model.versions)
-        rest = unique(getattr(versions, name) for versions in model.matched)
-        return ", ".join([*full, *(f"({version})" for version in rest if version not in full)])
-
-    return listed("transformers"), listed("torch")
+    words = model.outcome.architecture, model.outcome.status, model.outcome.reason or ""
+    return *words, model.tested_with("transformers"), model.tested_with("torch")
 
 
 def _summary(tested: list[TestedModel]) -> str:
@@ -157,7 +149,7 @@ def _summary(tested: list[TestedModel]) -> str:
 
     def form(model: TestedModel) -> tuple[str, str, str]:
         found = model.outcome
-        if found.status != "pass":
+        if found.status not in MATCHING:
             return found.status, "", found.reason or ""
         # sizes of the tiny models and factors of a scaling say nothing here
         words = (found.rope_form or "").replace("scaling ", "scaled ").split()

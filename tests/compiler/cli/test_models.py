@@ -29,12 +29,13 @@ def test_the_table_shows_every_entry_and_every_reason(capsys: pytest.CaptureFixt
     assert main(["models"]) == 0
     text = capsys.readouterr().out
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    assert lines[0] == "architecture status attention RoPE evicts transformers"
+    assert lines[0] == "architecture status attention RoPE evicts transformers torch"
     for model in models():
         found = model.outcome
-        evicts = f"{found.evicts} of {found.layers} layers" if found.status == "pass" else "-"
-        form = f"{found.attention or '-'} {found.rope_form or '-'} {evicts} {', '.join(model.transformers)}"
-        assert f"{found.architecture} {found.status} {form}" in lines
+        evicts = f"{found.evicts} of {found.layers} layers" if found.status in ("pass", "matched") else "-"
+        form = f"{found.attention or '-'} {found.rope_form or '-'} {evicts}"
+        versions = f"{model.tested_with('transformers')} {model.tested_with('torch')}"
+        assert f"{found.architecture} {found.status} {form} {versions}" in lines
         assert found.reason is None or f"{found.architecture} {found.status} {found.reason}" in lines
     assert "`keysieve inspect MODEL` says which layers match" in lines[-1]
 
