@@ -81,6 +81,7 @@ def capture(model: "PreTrainedModel", implementation: str | None = None, only_to
     only_to_find: fixed sizes, which takes half the time and is enough to find RoPE, where "keysieve" works.
     Raises CaptureError with the exporter's own words when the model cannot be exported.
     """
+    _check_layers(model)
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(ATTENTION_NAME, attention_function)
@@ -102,6 +103,17 @@ def capture(model: "PreTrainedModel", implementation: str | None = None, only_to
             return _tidy(graph)
         reasons.append(f"{name}: the model does not use transformers' AttentionInterface")
     raise CaptureError(f"{type(model).__name__}: no attention implementation could be captured: {'; '.join(reasons)}")
+
+
+def _check_layers(model: "PreTrainedModel") -> None:
+    """Refuse at once what would be refused after minutes: the loops of linear attention are unrolled by an export."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
+    linear = [number for number, kind in enumerate(kinds) if kind == "linear_attention"]
+    if linear:
+        raise CaptureError(
+            f"{type(model).__name__}: {len(linear)} of {len(kinds)} layers are linear attention (the first is layer "
+            f"{linear[0]}); an engine does not carry their state from token to token yet"
+        )
 
 
 def _export(model: "PreTrainedModel", dynamic: bool) -> ExportedProgram:

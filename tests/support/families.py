@@ -22,6 +22,15 @@ MIXED |= {"layer_types": ["sliding_attention", "full_attention", "full_attention
 CHUNKED: dict[str, Any] = {"intermediate_size_mlp": 96, "num_local_experts": 2, "attention_chunk_size": WINDOW}
 CHUNKED |= {"layer_types": ["chunked_attention", "full_attention", "full_attention"]}
 CHUNKED |= {"no_rope_layers": [1, 1, 0], "floor_scale": 16}
+# State that is carried from token to token beside the cache.
+LINEAR: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+LINEAR |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+LINEAR |= {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
 # GPT-J and its kin call their sizes by other names.
 SHORT_NAMES: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}
 SHORT_NAMES |= {"n_positions": POSITIONS, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": EOS}
@@ -89,6 +98,10 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
         "change with the length, from 1,025 tokens",
     ),
     "hunyuan": (family("HunYuanDenseV1", **HEADS_OF_16), r"what follows RoPE \(half_split\) does not commute"),
+    "qwen3_next": (
+        family("Qwen3Next", **HEADS_OF_16, **LINEAR),
+        r"1 of 2 layers are linear attention \(the first is layer 0\)",
+    ),
     "lfm2": (
         family("Lfm2", **GROUPED, num_hidden_layers=2, layer_types=["conv", "full_attention"]),
         r"layer 0, node -: no attention in this layer \(conv\)",
