@@ -32,7 +32,7 @@ from support.tiny_models import seeded, tiny_model
 HIGH, LOW = torch.tensor([1.0, 0.3, 0.05, 0.002]), torch.tensor([0.7, 0.1, 0.02, 0.0005])
 NONE = np.array([], int)
 TOKENS = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(5))
-PLACES = torch.stack([torch.arange(9), torch.arange(985, 994)])  # a gap would be the next text, to transformers
+PLACES = torch.stack([torch.arange(9), torch.arange(90, 99)])  # a gap would be the next text, to transformers
 
 
 @dataclass(frozen=True)
