@@ -238,7 +238,7 @@ class _Finder:
         answer = self.known[signature]
         if isinstance(answer, str):
             raise _NoRope(cut[0], answer)
-        return answer  # type: ignore[no-any-return]
+        return answer
 
 
 class _Walk:
@@ -349,8 +349,8 @@ def probe(graph: Graph, pre: Node, post: Node, heads: int) -> RopeForm:
     real = rotated[rotated < partner[rotated]]
     imaginary = partner[real]
     inv_freq = np.arctan2(at_one[imaginary, real], at_one[real, real])
-    indices = (tuple(map(int, side)) for side in (real, imaginary, layout))
-    form = RopeForm.of_pairs(*indices, inv_freq, scaling)
+    pairs = tuple(map(int, real)), tuple(map(int, imaginary))
+    form = RopeForm.of_pairs(*pairs, tuple(map(int, layout)), inv_freq, scaling)
     for matrix, position in zip(matrices, PROBE_POSITIONS, strict=True):
         # a model's own float32 table is off by the rounding of its angles
         error = float(np.abs(matrix - rotation_matrix(form, position)).max()) / max(1, position)

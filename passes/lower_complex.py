@@ -46,7 +46,7 @@ def lower_complex(graph: Graph) -> bool:
             if node in numbers:
                 parts[node] = _parts(graph, node, parts)
             else:
-                real = graph.call(aten.stack.default, list(parts[node.args[0]]), -1)  # type: ignore[index]
+                real = graph.call(aten.stack.default, list(parts[node.args[0]]), -1)
                 node.replace_all_uses_with(real)
     for node in reversed([n for n in graph.fx.nodes if n in numbers | users]):
         if node.op == "placeholder":

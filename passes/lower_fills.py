@@ -48,7 +48,7 @@ def _rewrite(graph: Graph, empty: Node) -> bool:
         for part, copy in sorted(parts, key=lambda both: both[0].args[2]):  # type: ignore[arg-type, return-value]
             value: Node = copy.args[1]  # type: ignore[assignment]
             if graph.shape(value) != graph.shape(part):
-                sizes = [graph.size(part, n) for n in range(len(graph.shape(part)))]
+                sizes = [size if isinstance(size, int) else -1 for size in graph.shape(part)]
                 value = graph.call(aten.expand.default, value, sizes)
             if value.meta["val"].dtype != empty.meta["val"].dtype:
                 value = graph.call(aten.to.dtype, value, empty.meta["val"].dtype)

@@ -35,8 +35,9 @@ def lower_positions(graph: Graph, attentions: list[Attention]) -> int:
     for node in graph.ancestors([end for a in attentions for end in (a.query, a.key)], stop=closed):
         for i in node.all_input_nodes if node in data else ():
             value = i.meta.get("val")
-            fixed = i not in data and i not in positional and isinstance(value, torch.Tensor)
-            if fixed and str(sequence) in map(str, value.shape):
+            if i in data or i in positional or not isinstance(value, torch.Tensor):
+                continue
+            if str(sequence) in map(str, value.shape):
                 counted[i] = None
     return sum(_rewrite(graph, node, data) for node in counted)
 

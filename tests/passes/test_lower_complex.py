@@ -21,7 +21,7 @@ class Complex(nn.Module):
 
     def turns(self, positions):
         angles = positions[..., None].float() * self.frequencies
-        return (torch.polar(torch.ones_like(angles), angles) * 1.5).to(torch.complex64)
+        return torch.polar(torch.ones_like(angles), angles) * 1.5
 
     def one(self, x, turns):
         pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
