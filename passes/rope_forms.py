@@ -2,7 +2,7 @@
 
 find_rope follows the data of the query alone, through operators that torch can evaluate and ONNX has. A kernel that
 turns queries and keys at once, for example, is neither. A form need not be careful, since find_rope verifies by probing
-what it left. docs/extending.md adds one; keysieve itself needs none so far.
+what it left. docs/extending.md adds one.
 """
 
 from collections.abc import Callable

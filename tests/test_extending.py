@@ -28,7 +28,7 @@ HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 @cache
 def operator() -> Any:
     """The page's rotary kernel, which torch lets nobody register twice."""
-    return code(2)["rotary"]
+    return code(3)["rotary"]
 
 
 def code(number: int) -> dict[str, Any]:
@@ -129,6 +129,14 @@ def search(graph: Graph) -> Found[RopeAttention]:
     return find_rope(graph, find_attention(graph).matches)
 
 
+def test_a_new_pairing_needs_nothing() -> None:
+    (rope,) = search(graph_of(ToyDecoder(code(2)["mirrored"]))).matches
+    assert rope.form.kind == "paired" and rope.form.rotary_dim == 8
+    real, imaginary = rope.form.pairs
+    assert (real.tolist(), imaginary.tolist()) == ([0, 1, 2, 3], [7, 6, 5, 4])
+    np.testing.assert_allclose(rope.form.inv_freq, FREQUENCIES.double(), rtol=0, atol=1e-9)
+
+
 def test_without_the_form_the_rotation_is_a_miss() -> None:
     found = search(graph_of(ToyDecoder(rotated)))
     assert not found.matches and len(found.misses) == 1
@@ -136,7 +144,7 @@ def test_without_the_form_the_rotation_is_a_miss() -> None:
 
 @torch.no_grad()
 def test_one_function_adds_the_rotation() -> None:
-    operator(), code(3)
+    operator(), code(4)
     decoder = ToyDecoder(rotated)
     graph = graph_of(decoder)
     (rope,) = search(graph).matches
