@@ -24,7 +24,7 @@ from keysieve.passes.lower_complex import lower_complex
 from keysieve.passes.lower_positions import lower_positions
 from keysieve.passes.policies.triattention import QueryCentres, TriAttention, triattention
 from keysieve.passes.tap_prerope import tap_prerope
-from support.families import LATENT, ROUTED, family, family_model
+from support.families import CHUNKED, HEADS_OF_16, LATENT, ROUTED, family
 from support.graphs import ToyDecoder, graph_of
 from support.masked_reference import LayerRope, explicit_scores
 from support.tiny_models import seeded, tiny_model
@@ -166,6 +166,7 @@ TOYS = {
 BY_INDEX = "norm after, none and growing queries"
 # Experts are multiplied in float32 only.
 LATENT_DENSE = LATENT | ROUTED | {"first_k_dense_replace": 2, "num_hidden_layers": 2}
+NORM_AFTER = HEADS_OF_16 | CHUNKED | {"layer_types": ["full_attention"] * 3, "no_rope_layers": [1, 0, 1]}
 LAST_EVEN_ODD = [*range(16), 16, 18, 20, 22, 17, 19, 21, 23]
 MODELS: dict[str, tuple[Callable[[], nn.Module], str, Callable[..., list[Layer]]]] = {
     "linear": (lambda: tiny_model("llama_linear"), "q_proj", lambda w, s: [halves(w)] * 2),
@@ -182,7 +183,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str, Callable[..., list[Layer]]
         lambda w, s: [neighbours(w, 16)] * 2,
     ),
     BY_INDEX: (
-        lambda: family_model("llama4"),
+        lambda: seeded(family("Llama4", "Llama4Text", **NORM_AFTER)),
         "q_proj",
         lambda w, s: [neighbours(w, after=l2_norm), Layer(NONE, NONE, np.zeros(0)), neighbours(w, after=l2_norm)],
     ),

@@ -169,7 +169,7 @@ def test_layers_that_rotate_more_or_fewer_dims_are_an_error():
     partial = with_form(1, "half_split", 16, 8, ropes[1].form.inv_freq[:4])
     with pytest.raises(MatchError, match="layer 0 has RoPE half_split, layer 1 has half_split partial 8/16"):
         common_form([ropes[0], partial, ropes[2]])
-    with pytest.raises(MatchError, match="no layer has a rotary embedding"):
+    with pytest.raises(MatchError, match="no layer that evicts has a rotary embedding"):
         common_form([with_form(layer, "nope", 16, 0, np.zeros(0)) for layer in range(3)])
 
 
