@@ -23,7 +23,8 @@ def run(args: Namespace) -> int:
 
     tested = models()
     if args.json:
-        show_json({"models": [model.to_json() for model in tested]})
+        # what was only matched is no verdict yet
+        show_json({"models": [model.to_json() for model in tested if model.outcome.status != "matched"]})
     else:
         show(_text(tested))
     return 0

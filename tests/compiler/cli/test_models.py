@@ -15,14 +15,16 @@ KEYS = ["architecture", "status", "attention", "rope_form", "reason", "transform
 def test_json_has_the_keys_that_others_script_against(capsys: pytest.CaptureFixture) -> None:
     assert main(["models", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert list(report) == ["models"] and len(report["models"]) == len(models()) > 30
+    verdicts = [model for model in models() if model.outcome.status != "matched"]
+    assert list(report) == ["models"] and len(report["models"]) == len(verdicts) > 30
     for entry in report["models"]:
         assert list(entry) == KEYS
         assert entry["status"] in ("pass", "refused", "fail")
         assert (entry["reason"] is None) == (entry["status"] == "pass")
         assert entry["transformers"] and all(version.startswith("5.") for version in entry["transformers"])
-    passed = {entry["architecture"]: entry for entry in report["models"] if entry["status"] == "pass"}
-    assert (passed["LlamaForCausalLM"]["attention"], passed["LlamaForCausalLM"]["rope_form"]) == ("full", "half_split")
+    passed = [entry for entry in report["models"] if entry["status"] == "pass"]
+    llama = [entry for entry in passed if entry["architecture"] == "LlamaForCausalLM"]
+    assert ("full", "half_split") in [(entry["attention"], entry["rope_form"]) for entry in llama]
 
 
 def test_the_table_shows_every_entry_and_every_reason(capsys: pytest.CaptureFixture) -> None:
@@ -36,7 +38,8 @@ def test_the_table_shows_every_entry_and_every_reason(capsys: pytest.CaptureFixt
         form = f"{found.attention or '-'} {found.rope_form or '-'} {evicts}"
         versions = f"{model.tested_with('transformers')} {model.tested_with('torch')}"
         assert f"{found.architecture} {found.status} {form} {versions}" in lines
-        assert found.reason is None or f"{found.architecture} {found.status} {found.reason}" in lines
+        reason = " ".join((found.reason or "").split())
+        assert not reason or f"{found.architecture} {found.status} {reason}" in lines
     assert "`keysieve inspect MODEL` says which layers match" in lines[-1]
 
 
