@@ -119,7 +119,9 @@ def _statistics(
         return None
     heads = [rope.attention.query_heads for rope in matched.ropes]
     unknown = () if weights_known else ("weights_sha256",)
-    return statistics_file.read(config.stats, model, [rope.form for rope in matched.ropes], heads, unknown)
+    forms, numbers = [rope.form for rope in matched.ropes], [rope.attention.layer for rope in matched.ropes]
+    layers = numbers if matched.windowed else None
+    return statistics_file.read(config.stats, model, forms, heads, unknown, layers)
 
 
 def _initial_state(config: CompileConfig, matched: Matched, statistics: Statistics | None) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ Source of the statistics: TriAttention, arXiv 2604.04921: E[q_f] and E|q_f| of e
 import json
 import os
 import pickle
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -280,14 +280,18 @@ def save_official(statistics: Statistics, path: str | Path) -> None:
 
 
 def load_official(
-    path: str | Path, model_identity: Mapping[str, str | int], ropes: list[RopeForm], query_heads: list[int]
+    path: str | Path,
+    model_identity: Mapping[str, str | int],
+    ropes: list[RopeForm],
+    query_heads: list[int],
+    layers: Sequence[int] | None = None,
 ) -> Statistics:
     """Read an official TriAttention file for a model with these ropes and query heads, one entry per layer.
 
-    Entry n of `ropes` is layer n of the file. The file holds rotary bands only, so the mean of un-rotated
-    dims reads as 0; it names no model, so that only shapes can be checked and the identity is the caller's;
-    its token count is unknown and reads as 0. Files of the official calibrator leave out q_norm and include
-    the attention scaling: prefer own statistics for models that have either.
+    Entry n of `ropes` is layer layers[n] of the file, or layer n; others are left out. The file holds rotary bands
+    only, so the mean of un-rotated dims reads as 0; it names no model, so that only shapes can be checked and the
+    identity is the caller's; its token count is unknown and reads as 0. Files of the official calibrator leave out
+    q_norm and include the attention scaling: prefer own statistics for models that have either.
     Raises StatisticsError if a layer or head is missing, a shape is wrong, or head_dim or rope_style differ.
     """
     import torch
@@ -299,17 +303,17 @@ def load_official(
         raise StatisticsError(f"{path} is no readable TriAttention file ({error}); {RECALIBRATE}") from error
     try:
         metadata, stats = content["metadata"], content["stats"]
-        if _has_layer(stats, len(ropes)):
+        if layers is None and _has_layer(stats, len(ropes)):
             raise StatisticsError(f"holds more than the model's {len(ropes)} attention layers; {RECALIBRATE}")
-        layers = []
-        for layer, (rope, heads) in enumerate(zip(ropes, query_heads, strict=True)):
+        entries = []
+        for layer, rope, heads in zip(layers or range(len(ropes)), ropes, query_heads, strict=True):
             _check_official_form(layer, rope, metadata)
-            layers.append(_read_official_layer(layer, rope, heads, stats))
+            entries.append(_read_official_layer(layer, rope, heads, stats))
     except StatisticsError as error:
         raise StatisticsError(f"{path}: {error}") from error
     except (AttributeError, KeyError, TypeError) as error:
         raise StatisticsError(f"{path} is no TriAttention file ({error!r}); {RECALIBRATE}") from error
-    return Statistics(layers, tokens=0, tokens_planned=0, text_sha256="", model=dict(model_identity))
+    return Statistics(entries, tokens=0, tokens_planned=0, text_sha256="", model=dict(model_identity))
 
 
 def read(
@@ -318,14 +322,16 @@ def read(
     ropes: list[RopeForm],
     query_heads: list[int],
     unknown: Collection[str] = (),
+    layers: Sequence[int] | None = None,
 ) -> Statistics:
     """Read a statistics file of either format and check that it belongs to the model.
 
-    query_heads: the number of query heads of every attention layer. Raises StatisticsError as `load`,
+    query_heads: the number of query heads of every layer that evicts; layers: their numbers among all layers with
+    attention, by which the official format calls them (None: 0, 1, ...). Raises StatisticsError as `load`,
     `load_official` and `check_matches` do.
     """
     if _is_official(existing(path)):
-        return load_official(path, model_identity, ropes, query_heads)
+        return load_official(path, model_identity, ropes, query_heads, layers)
     statistics = load(path)
     check_matches(statistics, model_identity, ropes, unknown)
     for entry, heads in zip(statistics.layers, query_heads, strict=True):

@@ -492,6 +492,16 @@ def test_official_files_that_do_not_fit_are_an_error(tmp_path, change, message):
         load_official(path, IDENTITY, [rope(), rope()], [HEADS, HEADS])
 
 
+def test_official_files_of_hybrid_models_call_layers_by_their_numbers(tmp_path):
+    path, whole = tmp_path / "stats.pt", make(rope(), rope(), rope())
+    save_official(whole, path)
+    found = load_official(path, IDENTITY, [rope(), rope()], [HEADS, HEADS], layers=[0, 2])
+    assert [entry.layer for entry in found.layers] == [0, 2]
+    np.testing.assert_allclose(found.layers[1].q_abs, whole.layers[2].q_abs, rtol=1e-6)
+    with pytest.raises(StatisticsError, match="layer 3 is missing"):
+        load_official(path, IDENTITY, [rope()], [HEADS], layers=[3])
+
+
 def test_official_files_are_read_without_running_code(tmp_path):
     path = tmp_path / "stats.pt"
     torch.save({"metadata": {}, "stats": Path("x")}, path)
