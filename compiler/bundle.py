@@ -29,6 +29,7 @@ REQUIRED = (
     "files",
     "caches",
     "windows",
+    "states",
     "plan",
     "vocab_size",
 )

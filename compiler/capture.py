@@ -10,6 +10,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram, export
 
 import keysieve.plugins.torch_ops  # noqa: F401  (registers torch.ops.keysieve)
+from keysieve.compiler.linear_layers import explicit_linear_layers
 from keysieve.errors import CaptureError
 from keysieve.passes.graph import Graph
 
@@ -81,7 +82,6 @@ def capture(model: "PreTrainedModel", implementation: str | None = None, only_to
     only_to_find: fixed sizes, which takes half the time and is enough to find RoPE, where "keysieve" works.
     Raises CaptureError with the exporter's own words when the model cannot be exported.
     """
-    _check_layers(model)
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(ATTENTION_NAME, attention_function)
@@ -105,17 +105,6 @@ def capture(model: "PreTrainedModel", implementation: str | None = None, only_to
     raise CaptureError(f"{type(model).__name__}: no attention implementation could be captured: {'; '.join(reasons)}")
 
 
-def _check_layers(model: "PreTrainedModel") -> None:
-    """Refuse at once what would be refused after minutes: the loops of linear attention are unrolled by an export."""
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
-    linear = [number for number, kind in enumerate(kinds) if kind == "linear_attention"]
-    if linear:
-        raise CaptureError(
-            f"{type(model).__name__}: {len(linear)} of {len(kinds)} layers are linear attention (the first is layer "
-            f"{linear[0]}); an engine does not carry their state from token to token yet"
-        )
-
-
 def _export(model: "PreTrainedModel", dynamic: bool) -> ExportedProgram:
     # Primes that no other size of a model equals, and above 1: export would take 0 or 1 for a constant.
     batch, tokens = 211, 223
@@ -123,7 +112,13 @@ def _export(model: "PreTrainedModel", dynamic: bool) -> ExportedProgram:
     position_ids = torch.arange(tokens).repeat(batch, 1)
     sizes = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} if dynamic else None
     try:
-        with torch.no_grad(), _unchanged(model), _masks_without_vmap(), warnings.catch_warnings():
+        with (
+            torch.no_grad(),
+            _unchanged(model),
+            _masks_without_vmap(),
+            explicit_linear_layers(model),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore", FutureWarning)  # torch's own, about pytrees
             return export(
                 _Decoder(model.eval()),

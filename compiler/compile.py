@@ -72,7 +72,8 @@ def compile(
         _dump(config.dump_graphs, "captured", matched.graph)
     with progress.stage("rewrite") as stage:
         initial = _initial_state(config, matched, statistics)
-        graph = engine_graph(matched, config.eviction, statistics)
+        graph, states = engine_graph(matched, config.eviction, statistics)
+        caches["states"] = [asdict(state) for state in states]
         stage.note(f"{len(graph.fx.nodes):,} nodes")
     kernels = None
     if limits:

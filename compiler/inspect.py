@@ -19,7 +19,7 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One attention layer: kind "full", "sliding", "chunked" or "unsupported", and why it did not match.
+    """One layer: kind "full", "sliding", "chunked", "linear", "conv" or "unsupported", and why it did not match.
 
     window: tokens that a token of a sliding or chunked layer sees at most, 0 where it sees all. rope_form: None where
     it is not known, which matters for layers that evict alone.
@@ -89,6 +89,8 @@ def report_of(model: "PreTrainedModel", matched: Matched, eviction: EvictionConf
         known = matched.window_forms.get(attention.layer)
         form = None if known is None else str(known)
         layers.append(LayerReport(attention.number, kind, form, True, None, attention.node.name, size))
+    for number, kind in matched.carried.items():
+        layers.append(LayerReport(number, kind.removesuffix("_attention"), None, True, None, "-"))
     for miss in matched.misses:
         layers.append(LayerReport(miss.layer, "unsupported", None, False, miss.reason, miss.node))
     layers.sort(key=lambda layer: layer.layer)

@@ -9,6 +9,7 @@ from keysieve.compiler.progress import Progress
 from keysieve.compiler.statistics import Statistics
 from keysieve.errors import MatchError
 from keysieve.passes.arrange_heads import arrange_heads
+from keysieve.passes.carry_states import State, carried_layers, carry_states
 from keysieve.passes.find_attention import find_attention
 from keysieve.passes.find_rope import find_rope
 from keysieve.passes.gather_logits import gather_logits
@@ -35,7 +36,8 @@ class Matched:
     """A captured graph with what the finding passes found in it.
 
     attentions: all that can be given a cache; ropes: those of them that evict; window_forms: the RoPE of the others by
-    layer, where it is one that keysieve knows (nothing depends on it).
+    layer, where it is one that keysieve knows (nothing depends on it). carried: layers without attention whose state
+    the engine carries, by number, with their kinds.
     """
 
     graph: Graph
@@ -43,6 +45,7 @@ class Matched:
     ropes: list[RopeAttention]
     misses: list[Miss]
     window_forms: dict[int, RopeForm] = field(default_factory=dict)
+    carried: dict[int, str] = field(default_factory=dict)
 
     @property
     def windowed(self) -> list[Attention]:
@@ -52,7 +55,7 @@ class Matched:
     @property
     def layers(self) -> int:
         """How many layers there are, matched or not."""
-        return len(self.ropes) + len(self.windowed) + len(self.misses)
+        return len(self.ropes) + len(self.windowed) + len(self.carried) + len(self.misses)
 
     @property
     def rotary(self) -> bool:
@@ -95,22 +98,25 @@ def find(
         ropes = find_rope(graph, [attention for attention in attentions.matches if attention.evicts])
         windowed = find_rope(graph, [attention for attention in attentions.matches if not attention.evicts])
         misses = lowered + attentions.misses + ropes.misses
-        misses += _without_attention(model, [a.number for a in attentions.matches] + [m.layer for m in misses])
+        kinds = _without_attention(model, [a.number for a in attentions.matches] + [m.layer for m in misses])
+        carried = carried_layers(graph, kinds)
+        misses += [Miss(number, "-", _why_not(kind)) for number, kind in kinds.items() if number not in carried]
         forms = {rope.attention.layer: rope.form for rope in windowed.matches}
-        matched = Matched(graph, attentions.matches, ropes.matches, misses, forms)
+        matched = Matched(graph, attentions.matches, ropes.matches, misses, forms, carried)
         stage.note(f"{matched.layers - len(misses)} of {matched.layers} layers")
     return matched
 
 
-def _without_attention(model: "PreTrainedModel", found: list[int]) -> list[Miss]:
-    """The model's layers without any attention: what they carry from token to token would be lost."""
+def _without_attention(model: "PreTrainedModel", found: list[int]) -> dict[int, str]:
+    """The model's layers without any attention, by number, with their kinds ("" where the configuration has none)."""
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or {}
     missing = sorted(set(range(getattr(config, "num_hidden_layers", 0))) - set(found))
-    return [
-        Miss(number, "-", f"no attention in this layer ({kinds[number]})" if kinds else "no attention in this layer")
-        for number in missing
-    ]
+    return {number: kinds[number] if kinds else "" for number in missing}
+
+
+def _why_not(kind: str) -> str:
+    return f"no attention in this layer{f' ({kind})' if kind else ''}, and no state that could be carried"
 
 
 def tap_graph(matched: Matched) -> Graph:
@@ -124,15 +130,21 @@ def tap_graph(matched: Matched) -> Graph:
     return matched.graph
 
 
-def engine_graph(matched: Matched, eviction: EvictionConfig, statistics: Statistics | None) -> Graph:
-    """The rewritten graph: cache, policy and eviction inserted; see docs/architecture.md for its inputs and outputs."""
+def engine_graph(
+    matched: Matched, eviction: EvictionConfig, statistics: Statistics | None
+) -> tuple[Graph, list[State]]:
+    """The rewritten graph, and the states that it carries beside the caches.
+
+    Cache, policy and eviction are inserted; see docs/architecture.md for its inputs and outputs.
+    """
     ropes = matched.require_all()
     graph, policy = matched.graph, eviction.policy
     gather_logits(graph)
     attentions, ropes = arrange_heads(graph, matched.attentions, ropes)
     cache = insert_cache(graph, attentions, eviction.scope)
+    states = carry_states(graph, cache.count)
     if not ropes:
-        return graph
+        return graph, states
     if policy.name == "triattention":
         options = TriAttention(policy.offsets, policy.aggregation, policy.trig, policy.norm)
         centres = None if policy.centres == "online" else query_centres(statistics)
@@ -141,7 +153,7 @@ def engine_graph(matched: Matched, eviction: EvictionConfig, statistics: Statist
         inputs = stateless(graph, policy.name)
     evicting = [rope.attention for rope in ropes]
     insert_eviction(graph, cache, evicting, inputs, eviction.scope, eviction.sinks, eviction.recent)
-    return graph
+    return graph, states
 
 
 def query_centres(statistics: Statistics | None) -> QueryCentres:

@@ -84,6 +84,8 @@ class Session:
                 shape = (batch, cache["kv_heads"], rows, width)
                 self._caches[f"{name}_{cache['layer']}"] = binding.zeros(shape, manifest["dtype"])
         start = {f"window_length_{index}": np.zeros(batch, np.int32) for index in range(len(self._window_sizes))}
+        for state in manifest["states"]:
+            start[state["name"]] = np.zeros((batch, *state["shape"]), np.float32)
         self.evicts = sizes["layers"] > 0  # else all layers have windows
         if self.evicts:
             plan_shape = [batch if size is None else size for size in manifest["plan"]]

@@ -15,8 +15,8 @@ import keysieve.plugins.torch_ops  # noqa: F401  (registers torch.ops.keysieve)
 from keysieve.errors import ExportError
 from keysieve.export.translate import translate
 from keysieve.passes.graph import Graph
-from keysieve.plugins.contract import DOMAIN, NAMESPACE, SCORE, SELECT, UPDATE, PluginNode
-from keysieve.plugins.onnx.functions import score_function, select_function, update_function
+from keysieve.plugins.contract import DELTA_RULE, DOMAIN, NAMESPACE, NODES, SCORE, SELECT, UPDATE, PluginNode
+from keysieve.plugins.onnx.functions import delta_rule_function, score_function, select_function, update_function
 
 TENSOR_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(int32)", "tensor(int64)"]
 DIMENSIONS = {"input_ids": ("batch", "tokens"), "logits_at": ("batch", "wanted")}
@@ -52,10 +52,12 @@ def export_onnx(graph: Graph, path: Path, metadata: dict[str, str], inline: bool
 
 
 def _functions(graph: Graph) -> list[FunctionProto]:
-    """Bodies made from the arguments of the graph's own nodes; a graph in which no layer evicts needs one."""
+    """Bodies made from the arguments of the graph's own nodes, for those that it has."""
     ops = torch.ops.keysieve
+    functions = [update_function()] if graph.calls(ops.update.default) else []
+    functions += [delta_rule_function()] if graph.calls(ops.delta_rule.default) else []
     if not graph.calls(ops.score.default):
-        return [update_function()]
+        return functions
     score, select = graph.calls(ops.score.default)[0], graph.calls(ops.select.default)[0]
     centre, keys = score.args[3], score.args[5]
     policy, query_heads, rotary_dim, interleaved = score.args[6:]
@@ -63,7 +65,7 @@ def _functions(graph: Graph) -> list[FunctionProto]:
     layers = len(keys)  # type: ignore[arg-type]
     rows = int(graph.shape(centre)[3])  # type: ignore[arg-type]
     return [
-        update_function(),
+        *functions,
         score_function(layers, query_heads, kv_heads, policy, rotary_dim, bool(interleaved), rows),  # type: ignore[arg-type]
         select_function(layers, kv_heads, scope, sinks, recent),  # type: ignore[arg-type]
     ]
@@ -73,7 +75,7 @@ def _functions(graph: Graph) -> list[FunctionProto]:
 
 
 def _translations(layers: int, inline: bool) -> dict[Callable[..., Any], Callable[..., Any]]:
-    update, score, select = (_plugin_op(node, layers) for node in (UPDATE, SCORE, SELECT))
+    update, score, select, delta_rule = (_plugin_op(node, layers) for node in (*NODES, DELTA_RULE))
     common = {"plugin_namespace": NAMESPACE}
 
     def attend(query: Any, key: Any, value: Any, mask: Any, scale: float) -> Any:
@@ -131,8 +133,12 @@ def _translations(layers: int, inline: bool) -> dict[Callable[..., Any], Callabl
             scope=scope, kv_heads=kv_heads, sinks=sinks, recent=recent, plugin_version=SELECT.version, **common,
         )  # fmt: skip
 
+    def keysieve_delta_rule(query: Any, key: Any, value: Any, decay: Any, rate: Any, state: Any, layer: int) -> Any:
+        return delta_rule(query, key, value, decay, rate, state, plugin_version=DELTA_RULE.version, **common)
+
     ops = torch.ops.keysieve
     return {
+        ops.delta_rule.default: keysieve_delta_rule,
         ops.attend.default: attend_without_gqa if inline else attend,
         ops.update.default: keysieve_update,
         ops.score.default: keysieve_score,

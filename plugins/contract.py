@@ -87,6 +87,22 @@ SELECT = PluginNode(
 
 NODES = (UPDATE, SCORE, SELECT)
 
+# What linear attention needs in an ONNX file. No plugin carries it: the function body runs everywhere.
+DELTA_RULE = PluginNode(
+    "KeySieveDeltaRule",
+    "1",
+    inputs=(
+        Port("query", "B,H,S,Dk", "float32"),
+        Port("key", "B,H,S,Dk", "float32"),
+        Port("value", "B,H,S,Dv", "float32"),
+        Port("decay", "B,H,S", "float32"),
+        Port("rate", "B,H,S", "float32"),
+        Port("state", "B,H,Dk,Dv", "float32"),
+    ),
+    outputs=(Port("read", "B,H,S,Dv", "float32"), Port("state_out", "B,H,Dk,Dv", "float32")),
+    attributes={},
+)
+
 
 def plan_shape(scope: str, layers: Any, batch: Any, kv_heads: Any, capacity: Any) -> tuple[Any, Any, Any, Any]:
     """Shape [Lp, B, Hp, C] of a plan in that scope."""

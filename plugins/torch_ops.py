@@ -56,6 +56,35 @@ def _(query, key, value, mask, scale):  # type: ignore[no-untyped-def]
     return query.new_empty(*query.shape[:3], value.shape[3])
 
 
+@custom_op("keysieve::causal_conv", mutates_args=())
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, layer: int) -> Tensor:
+    """A convolution of each channel over its past, as captured: x [B,C,S], weight [C,K], bias [C] -> [B,C,S]."""
+    past = torch.nn.functional.pad(x, (weight.shape[1] - 1, 0))
+    return torch.nn.functional.conv1d(past, weight[:, None], bias, groups=weight.shape[0])
+
+
+@causal_conv.register_fake
+def _(x, weight, bias, layer):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
+
+
+@custom_op("keysieve::delta_rule", mutates_args=())
+def delta_rule(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor, state: Tensor | None, layer: int
+) -> tuple[Tensor, Tensor]:
+    """See keysieve.kernels.reference.delta_rule; captured without a state, which is zeros then."""
+    if state is None:
+        state = query.new_zeros(*key.shape[:2], key.shape[3], value.shape[3], dtype=torch.float32)
+    return reference.delta_rule(query, key, value, decay, rate, state)
+
+
+@delta_rule.register_fake
+def _(query, key, value, decay, rate, state, layer):  # type: ignore[no-untyped-def]
+    batch, heads, _, key_dim = key.shape
+    new = value.new_empty
+    return new(value.shape, dtype=torch.float32), new(batch, heads, key_dim, value.shape[3], dtype=torch.float32)
+
+
 @custom_op("keysieve::update", mutates_args=())
 def update(
     key_new: Tensor,

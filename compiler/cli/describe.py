@@ -72,6 +72,8 @@ def layer_rows(layers: Sequence["LayerReport"], policy: str) -> list[tuple[str, 
 def _fate(layer: "LayerReport", layers: Sequence["LayerReport"], policy: str) -> str:
     if not has_rope(layers):
         return "has no rotary embedding"
+    if layer.kind in ("linear", "conv"):
+        return "carries its own state"
     if layer.window:
         return f"keeps its window of {layer.window:,} tokens"
     if not policy:

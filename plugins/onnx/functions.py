@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from onnx import FunctionProto, helper
 
-from keysieve.plugins.contract import DOMAIN, SCORE, SELECT, UPDATE, PluginNode
+from keysieve.plugins.contract import DELTA_RULE, DOMAIN, SCORE, SELECT, UPDATE, PluginNode
 from keysieve.plugins.onnx.body import OPSET, Body
+from keysieve.plugins.onnx.delta_rule import delta_rule_body
 from keysieve.plugins.onnx.score import score_body
 from keysieve.plugins.onnx.select import select_body
 from keysieve.plugins.onnx.update import update_body
@@ -14,6 +15,11 @@ from keysieve.plugins.onnx.update import update_body
 def update_function() -> FunctionProto:
     """KeySieveUpdate; `layer` stays an attribute, so one function serves every layer."""
     return _function(UPDATE, update_body(), [port.name for port in UPDATE.inputs])
+
+
+def delta_rule_function() -> FunctionProto:
+    """KeySieveDeltaRule, for any sizes."""
+    return _function(DELTA_RULE, delta_rule_body(), [port.name for port in DELTA_RULE.inputs])
 
 
 def score_function(

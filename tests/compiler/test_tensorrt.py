@@ -73,11 +73,15 @@ def test_a_plan_of_a_model_with_windows_and_softcap(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("mistral, windows", "no layer of the model evicts"), ("mixed heads", "different KV heads or head sizes")],
+    [
+        ("mistral, windows", "no layer of the model evicts"),
+        ("mixed heads", "different KV heads or head sizes"),
+        ("qwen3_next", "layers of linear attention"),
+    ],
 )
 def test_what_the_plugin_has_no_kernels_for(name: str, reason: str) -> None:
     matched = find(family_model("ministral" if name == "mixed heads" else name), QUIET)
-    graph = engine_graph(matched, SMALL, None)
+    graph, _ = engine_graph(matched, SMALL, None)
     if name == "mixed heads":
         value = graph.inputs["key_0"].meta["val"]
         graph.inputs["key_0"].meta["val"] = value.new_empty(value.shape[0], 1, *value.shape[2:])
@@ -106,7 +110,7 @@ def test_a_bundle_with_a_kit(root: Path, tmp_path: Path, monkeypatch: pytest.Mon
 )
 def test_the_configuration_is_that_of_the_onnx_file(name: str, eviction: EvictionConfig, root: Path) -> None:
     matched = find(load_skeleton(tiny_folder(name, root), "float32"), QUIET)
-    found = kernel_configuration(engine_graph(matched, eviction, None), "float32")
+    found = kernel_configuration(engine_graph(matched, eviction, None)[0], "float32")
     assert found == read_configuration(tiny_bundle(name, eviction, root) / "model.onnx")
 
 

@@ -18,7 +18,7 @@ BATCH, CAPACITY, LAYERS, KV_HEADS, HEAD_DIM = 3, 30, 3, 2, 16
 @pytest.fixture(scope="module")
 def graph(root):
     statistics = statistics_file.load(tiny_statistics("llama", root))
-    return engine_graph(match("llama"), EVICTION, statistics)
+    return engine_graph(match("llama"), EVICTION, statistics)[0]
 
 
 def test_inputs_and_outputs(graph):

@@ -206,8 +206,9 @@ def layer_ropes(model: PreTrainedModel, pairing: str | None = None) -> list[Laye
 
 
 def full_layers(config: Any) -> list[int]:
-    """The layers that see the whole past."""
-    return [layer for layer in range(config.num_hidden_layers) if not any(layer_window(config, layer))]
+    """The layers with attention that sees the whole past."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return [n for n, kind in enumerate(kinds) if kind == "full_attention" and not any(layer_window(config, n))]
 
 
 # -- scores and selection ------------------------------------------------------------------------------------

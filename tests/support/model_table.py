@@ -86,7 +86,7 @@ def documents(table: Table) -> dict[Path, str]:
     """File -> the whole text that it must have."""
     before, rest = README.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
-    return {DOCUMENT: _document(table), README: before + BEGIN + _summary(models(table)) + END + after}
+    return {DOCUMENT: _document(table), README: before + BEGIN + _summary(table) + END + after}
 
 
 def _document(table: Table) -> str:
@@ -144,8 +144,10 @@ def _other(model: TestedModel) -> tuple[str, ...]:
     return *words, model.tested_with("transformers"), model.tested_with("torch")
 
 
-def _summary(tested: list[TestedModel]) -> str:
-    """One row a form of attention and RoPE, and one a reason."""
+def _summary(table: Table) -> str:
+    """One row a form of attention and RoPE, and one a reason, with the versions with which the most models pass."""
+    versions = max(table, key=lambda run: _counts(table[run].values())[0])
+    tested = models({versions: table[versions]})
 
     def form(model: TestedModel) -> tuple[str, str, str]:
         found = model.outcome
@@ -161,7 +163,7 @@ def _summary(tested: list[TestedModel]) -> str:
     for (status, attention, words), group in groupby(ordered, key=form):
         names = ", ".join(unique(model.outcome.architecture.removesuffix("ForCausalLM") for model in group))
         rows.append((names, status, f"{attention}; {words}" if attention else words))
-    return _table(("models", "status", "attention; RoPE, or reason"), rows)
+    return f"With {versions}:\n\n" + _table(("models", "status", "attention; RoPE, or reason"), rows)
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
