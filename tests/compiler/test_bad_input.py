@@ -351,8 +351,8 @@ def test_a_damaged_bundle(
 def test_a_bundle_of_another_version(bundle: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(bundle, tmp_path / "bundle")
     manifest = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps({**manifest, "format": 2}))
-    parts = ("bundle format 2", "this keysieve reads format 1", "compile the model again")
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
+    parts = ("bundle format 1", "this keysieve reads format 2", "compile the model again")
     with refused(BundleError, *parts, untouched=tmp_path):
         load(copy)
 

@@ -175,7 +175,7 @@ def test_every_file_is_checked(bundle: Path, name: str) -> None:
 def test_another_format_is_refused(folder: Path, version: object) -> None:
     rewrite(folder, lambda manifest: manifest.update(format=version))
     with pytest.raises(
-        BundleError, match=rf"manifest\.json has bundle format {version!r}, this keysieve reads format 1"
+        BundleError, match=rf"manifest\.json has bundle format {version!r}, this keysieve reads format {FORMAT}"
     ):
         open_bundle(folder)
 

@@ -222,8 +222,10 @@ void sizesAreChecked() {
     update::check(configuration, unknown, 0);
     EXPECT(contains(thrown([] { update::check(configuration, kUpdate, 3); }), "attribute layer is 3"));
     auto wrong = kUpdate;
-    wrong[update::kPlan] = {1, 5, 2, 100};
-    EXPECT(contains(thrown([&] { update::check(configuration, wrong, 0); }), "input plan has shape [1,5,2,100], this library needs [3,5,2,100]"));
+    wrong[update::kPlan] = {1, 5, 2, 100}; // a sliding window's
+    update::check(configuration, wrong, 0);
+    wrong[update::kPlan] = {2, 5, 2, 100};
+    EXPECT(contains(thrown([&] { update::check(configuration, wrong, 0); }), "input plan has shape [2,5,2,100], this library needs [3,5,2,100]"));
     wrong = kUpdate;
     wrong[update::kKey] = wrong[update::kValue] = {};
     EXPECT(contains(thrown([&] { update::check(configuration, wrong, 0); }), "input key has shape []"));
