@@ -60,16 +60,21 @@ def _rows(numbers: set[int]) -> torch.Tensor:
 
 
 def _at(graph: Graph, mask: Node, rows: torch.Tensor) -> torch.Tensor:
-    """[n,n] bool: the mask between the tokens at `rows`, for masks that compare the indices of two tokens."""
+    """[n,n] bool: the mask between the tokens at `rows`, for masks that compare indices or positions of two tokens."""
     batch, tokens = (str(size) for size in graph.shape(graph.inputs["input_ids"]))
     while mask.target is aten.expand.default:
         mask = mask.args[0]  # type: ignore[assignment]
-    given: dict[Node, torch.Tensor] = {graph.inputs["position_ids"]: torch.arange(int(rows[-1]) + 1)[None]}
+    given: dict[Node, torch.Tensor] = {}
+    indexed = False
     for node in graph.ancestors([mask]):
-        if node.target in (aten.arange.default, aten.arange.start):
-            size = str(graph.shape(node)[0])
-            if size in (batch, tokens):
-                given[node] = rows if size == tokens else torch.zeros(1, dtype=torch.long)
+        counts = node.target is aten.arange.default or (node.target is aten.arange.start and node.args[0] == 0)
+        size = str(graph.shape(node)[0]) if counts else ""
+        if size in (batch, tokens):
+            given[node] = rows if size == tokens else torch.zeros(1, dtype=torch.long)
+            indexed |= size == tokens
+    # With indices, positions are looked up by them, so all must be there; without, they are compared themselves.
+    positions = torch.arange(int(rows[-1]) + 1) if indexed else rows
+    given[graph.inputs["position_ids"]] = positions[None]
     return _matrix(graph.evaluate(mask, given), len(rows))
 
 

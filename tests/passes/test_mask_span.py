@@ -46,6 +46,12 @@ def buffer(tokens: Tensor, positions: Tensor) -> Tensor:
     return torch.ones(64, 64, dtype=torch.bool).tril()[: tokens.shape[1], : tokens.shape[1]][None, None]
 
 
+def from_one(tokens: Tensor, positions: Tensor) -> Tensor:
+    """Indices of keys count from 1."""
+    query, key = torch.arange(tokens.shape[1])[:, None], torch.arange(1, tokens.shape[1] + 1)
+    return ((key <= query + 1) & (key > query - 8))[None, None]
+
+
 class Masked(ToyDecoder):
     def __init__(self, mask: Mask, **options: float):
         super().__init__(lambda query, key, positions: (query, key), **options)
@@ -69,6 +75,7 @@ def span_of(mask: Mask) -> Span | str:
         (buffer, Span()),
         (sliding(7), Span(window=7)),
         (sliding(100_000), Span(window=100_000)),
+        (from_one, Span(window=9)),
         (chunked(64), Span(chunk=64)),
         (chunked(8192), Span(chunk=8192)),
     ],
