@@ -97,6 +97,7 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
         "change with the length, from 1,025 tokens",
     ),
     "hunyuan": (family("HunYuanDenseV1", **HEADS_OF_16), r"what follows RoPE \(half_split\) does not commute"),
+    "gpt2": (BUILDERS["gpt2"], "none of the 2 attention layers has a rotary embedding"),
 }
 
 
