@@ -69,10 +69,10 @@ def kernel_configuration(graph: Graph, dtype: str) -> KernelConfiguration:
             "no layer of the model evicts (each keeps its sliding window), so the plugin has nothing to do; compile it "
             "for --target onnxruntime"
         )
-    if graph.calls(torch.ops.keysieve.delta_rule.default):
+    if graph.calls(torch.ops.keysieve.linear_attention.default):
         raise ConfigError(
-            "the model has layers of linear attention, for which the plugin library has no kernel; compile it for "
-            "--target onnxruntime"
+            "the model has layers of linear attention or state space, for which the plugin library has no kernel; "
+            "compile it for --target onnxruntime"
         )
     (score,), (select,), update = scores, selects, updates[0]
     shapes = {str([graph.shape(node.args[place])[axis] for place in (5, 6) for axis in (1, 3)]) for node in updates}  # type: ignore[arg-type]

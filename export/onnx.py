@@ -15,8 +15,8 @@ import keysieve.plugins.torch_ops  # noqa: F401  (registers torch.ops.keysieve)
 from keysieve.errors import ExportError
 from keysieve.export.translate import translate
 from keysieve.passes.graph import Graph
-from keysieve.plugins.contract import DELTA_RULE, DOMAIN, NAMESPACE, NODES, SCORE, SELECT, UPDATE, PluginNode
-from keysieve.plugins.onnx.functions import delta_rule_function, score_function, select_function, update_function
+from keysieve.plugins.contract import DOMAIN, LINEAR_ATTENTION, NAMESPACE, NODES, SCORE, SELECT, UPDATE, PluginNode
+from keysieve.plugins.onnx.functions import linear_attention_function, score_function, select_function, update_function
 
 TENSOR_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(int32)", "tensor(int64)"]
 DIMENSIONS = {"input_ids": ("batch", "tokens"), "logits_at": ("batch", "wanted")}
@@ -55,7 +55,7 @@ def _functions(graph: Graph) -> list[FunctionProto]:
     """Bodies made from the arguments of the graph's own nodes, for those that it has."""
     ops = torch.ops.keysieve
     functions = [update_function()] if graph.calls(ops.update.default) else []
-    functions += [delta_rule_function()] if graph.calls(ops.delta_rule.default) else []
+    functions += [linear_attention_function()] if graph.calls(ops.linear_attention.default) else []
     if not graph.calls(ops.score.default):
         return functions
     score, select = graph.calls(ops.score.default)[0], graph.calls(ops.select.default)[0]
@@ -75,7 +75,7 @@ def _functions(graph: Graph) -> list[FunctionProto]:
 
 
 def _translations(layers: int, inline: bool) -> dict[Callable[..., Any], Callable[..., Any]]:
-    update, score, select, delta_rule = (_plugin_op(node, layers) for node in (*NODES, DELTA_RULE))
+    update, score, select, linear_attention = (_plugin_op(node, layers) for node in (*NODES, LINEAR_ATTENTION))
     common = {"plugin_namespace": NAMESPACE}
 
     def attend(query: Any, key: Any, value: Any, mask: Any, scale: float) -> Any:
@@ -133,12 +133,15 @@ def _translations(layers: int, inline: bool) -> dict[Callable[..., Any], Callabl
             scope=scope, kv_heads=kv_heads, sinks=sinks, recent=recent, plugin_version=SELECT.version, **common,
         )  # fmt: skip
 
-    def keysieve_delta_rule(query: Any, key: Any, value: Any, decay: Any, rate: Any, state: Any, layer: int) -> Any:
-        return delta_rule(query, key, value, decay, rate, state, plugin_version=DELTA_RULE.version, **common)
+    def keysieve_linear_attention(
+        query: Any, key: Any, value: Any, decay: Any, rate: Any, state: Any, delta: int, layer: int
+    ) -> Any:
+        tensors = query, key, value, decay, rate, state
+        return linear_attention(*tensors, delta=delta, plugin_version=LINEAR_ATTENTION.version, **common)
 
     ops = torch.ops.keysieve
     return {
-        ops.delta_rule.default: keysieve_delta_rule,
+        ops.linear_attention.default: keysieve_linear_attention,
         ops.attend.default: attend_without_gqa if inline else attend,
         ops.update.default: keysieve_update,
         ops.score.default: keysieve_score,

@@ -1,7 +1,7 @@
 """carry_states: what layers without attention remember becomes state of the engine, beside the caches.
 
     x -> causal_conv                      becomes  conv_<i>, x -> cat -> conv1d
-    q, k, v -> delta_rule                 becomes  q, k, v, recurrent_<i> -> delta_rule
+    q, k, v -> linear_attention           becomes  q, k, v, recurrent_<i> -> linear_attention
 
 Both states are what the last valid token of each sequence leaves, so padded tokens change nothing.
 """
@@ -26,10 +26,8 @@ class State:
 
 
 # What a layer of that kind, as a configuration calls it, must hold: all that its tokens know of earlier ones.
-CARRIERS = {
-    "conv": {torch.ops.keysieve.causal_conv.default},
-    "linear_attention": {torch.ops.keysieve.causal_conv.default, torch.ops.keysieve.delta_rule.default},
-}
+ALL = {torch.ops.keysieve.causal_conv.default, torch.ops.keysieve.linear_attention.default}
+CARRIERS = {"conv": {torch.ops.keysieve.causal_conv.default}, "linear_attention": ALL, "mamba": ALL, "mamba2": ALL}
 
 
 def carried_layers(graph: Graph, kinds: dict[int, str]) -> dict[int, str]:
@@ -46,8 +44,8 @@ def carry_states(graph: Graph, count: Node) -> list[State]:
     states = []
     for index, node in enumerate(graph.calls(torch.ops.keysieve.causal_conv.default)):
         states.append(_carry_conv(graph, node, f"conv_{index}", count))
-    for index, node in enumerate(graph.calls(torch.ops.keysieve.delta_rule.default)):
-        states.append(_carry_delta_rule(graph, node, f"recurrent_{index}", count))
+    for index, node in enumerate(graph.calls(torch.ops.keysieve.linear_attention.default)):
+        states.append(_carry_linear_attention(graph, node, f"recurrent_{index}", count))
     return states
 
 
@@ -71,10 +69,10 @@ def _carry_conv(graph: Graph, node: Node, name: str, count: Node) -> State:
     return State(name, (channels, width))
 
 
-def _carry_delta_rule(graph: Graph, node: Node, name: str, count: Node) -> State:
+def _carry_linear_attention(graph: Graph, node: Node, name: str, count: Node) -> State:
     """The state goes through the valid tokens; the others neither decay nor change it."""
     call = graph.call
-    query, key, value, decay, rate, _, layer = node.args
+    query, key, value, decay, rate, _, delta, layer = node.args
     batch, heads, _, key_dim = graph.shape(key)  # type: ignore[arg-type]
     value_dim = graph.shape(value)[3]  # type: ignore[arg-type]
     state = graph.input(name, (batch, heads, key_dim, value_dim), torch.float32)
@@ -83,7 +81,7 @@ def _carry_delta_rule(graph: Graph, node: Node, name: str, count: Node) -> State
         valid = call(aten.lt.Tensor, steps, call(aten.unsqueeze.default, count, 1))  # [B,S]
         valid = call(aten.to.dtype, call(aten.unsqueeze.default, valid, 1), torch.float32)
         decay, rate = (call(aten.mul.Tensor, gate, valid) for gate in (decay, rate))
-        new = call(torch.ops.keysieve.delta_rule.default, query, key, value, decay, rate, state, layer)
+        new = call(torch.ops.keysieve.linear_attention.default, query, key, value, decay, rate, state, delta, layer)
         read, last = graph.item(new, 0), graph.item(new, 1)
     for user in list(node.users):
         user.replace_all_uses_with(read)

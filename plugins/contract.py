@@ -88,8 +88,8 @@ SELECT = PluginNode(
 NODES = (UPDATE, SCORE, SELECT)
 
 # What linear attention needs in an ONNX file. No plugin carries it: the function body runs everywhere.
-DELTA_RULE = PluginNode(
-    "KeySieveDeltaRule",
+LINEAR_ATTENTION = PluginNode(
+    "KeySieveLinearAttention",
     "1",
     inputs=(
         Port("query", "B,H,S,Dk", "float32"),
@@ -100,7 +100,7 @@ DELTA_RULE = PluginNode(
         Port("state", "B,H,Dk,Dv", "float32"),
     ),
     outputs=(Port("read", "B,H,S,Dv", "float32"), Port("state_out", "B,H,Dk,Dv", "float32")),
-    attributes={},
+    attributes={"delta": int},
 )
 
 

@@ -68,18 +68,25 @@ def _(x, weight, bias, layer):  # type: ignore[no-untyped-def]
     return torch.empty_like(x)
 
 
-@custom_op("keysieve::delta_rule", mutates_args=())
-def delta_rule(
-    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor, state: Tensor | None, layer: int
+@custom_op("keysieve::linear_attention", mutates_args=())
+def linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    rate: Tensor,
+    state: Tensor | None,
+    delta: int,
+    layer: int,
 ) -> tuple[Tensor, Tensor]:
-    """See keysieve.kernels.reference.delta_rule; captured without a state, which is zeros then."""
+    """See keysieve.kernels.reference.linear_attention; captured without a state, which is zeros then."""
     if state is None:
         state = query.new_zeros(*key.shape[:2], key.shape[3], value.shape[3], dtype=torch.float32)
-    return reference.delta_rule(query, key, value, decay, rate, state)
+    return reference.linear_attention(query, key, value, decay, rate, state, bool(delta))
 
 
-@delta_rule.register_fake
-def _(query, key, value, decay, rate, state, layer):  # type: ignore[no-untyped-def]
+@linear_attention.register_fake
+def _(query, key, value, decay, rate, state, delta, layer):  # type: ignore[no-untyped-def]
     batch, heads, _, key_dim = key.shape
     new = value.new_empty
     return new(value.shape, dtype=torch.float32), new(batch, heads, key_dim, value.shape[3], dtype=torch.float32)

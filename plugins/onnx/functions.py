@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from onnx import FunctionProto, helper
 
-from keysieve.plugins.contract import DELTA_RULE, DOMAIN, SCORE, SELECT, UPDATE, PluginNode
+from keysieve.plugins.contract import DOMAIN, LINEAR_ATTENTION, SCORE, SELECT, UPDATE, PluginNode
 from keysieve.plugins.onnx.body import OPSET, Body
-from keysieve.plugins.onnx.delta_rule import delta_rule_body
+from keysieve.plugins.onnx.linear_attention import linear_attention_body
 from keysieve.plugins.onnx.score import score_body
 from keysieve.plugins.onnx.select import select_body
 from keysieve.plugins.onnx.update import update_body
@@ -17,9 +17,9 @@ def update_function() -> FunctionProto:
     return _function(UPDATE, update_body(), [port.name for port in UPDATE.inputs])
 
 
-def delta_rule_function() -> FunctionProto:
-    """KeySieveDeltaRule, for any sizes."""
-    return _function(DELTA_RULE, delta_rule_body(), [port.name for port in DELTA_RULE.inputs])
+def linear_attention_function() -> FunctionProto:
+    """KeySieveLinearAttention, for any sizes."""
+    return _function(LINEAR_ATTENTION, linear_attention_body(), [port.name for port in LINEAR_ATTENTION.inputs])
 
 
 def score_function(

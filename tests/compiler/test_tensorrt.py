@@ -76,7 +76,7 @@ def test_a_plan_of_a_model_with_windows_and_softcap(tmp_path: Path) -> None:
     [
         ("mistral, windows", "no layer of the model evicts"),
         ("mixed heads", "different KV heads or head sizes"),
-        ("qwen3_next", "layers of linear attention"),
+        ("qwen3_next", "layers of linear attention or state space"),
     ],
 )
 def test_what_the_plugin_has_no_kernels_for(name: str, reason: str) -> None:

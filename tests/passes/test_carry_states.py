@@ -13,10 +13,11 @@ WIDTH = 16  # of ToyDecoder's embedding
 
 
 class Remembering(nn.Module):
-    """A convolution and a delta rule before one attention layer."""
+    """A convolution and linear attention before one attention layer."""
 
-    def __init__(self, bias: bool = True):
+    def __init__(self, bias: bool = True, delta: bool = True):
         super().__init__()
+        self.delta = delta
         torch.manual_seed(0)
         self.toy = ToyDecoder(lambda query, key, positions: (query, key))
         self.embedding, self.toy.embedding = self.toy.embedding, nn.Identity()
@@ -29,13 +30,15 @@ class Remembering(nn.Module):
         heads = hidden.unflatten(-1, (2, 8)).transpose(1, 2)
         decay, rate = self.gates(hidden).transpose(1, 2).chunk(2, 1)
         key = heads / heads.norm(dim=-1, keepdim=True)
-        read, _ = torch.ops.keysieve.delta_rule(heads, key, heads, -decay.abs(), rate.sigmoid(), None, 1)
+        read, _ = torch.ops.keysieve.linear_attention(
+            heads, key, heads, -decay.abs(), rate.sigmoid(), None, int(self.delta), 1
+        )
         return self.toy(read.transpose(1, 2).flatten(2), position_ids)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_steps_of_any_size_are_the_model(bias: bool) -> None:
-    model = Remembering(bias)
+@pytest.mark.parametrize(("bias", "delta"), [(True, True), (False, False)])
+def test_steps_of_any_size_are_the_model(bias: bool, delta: bool) -> None:
+    model = Remembering(bias, delta)
     graph = graph_of(model)
     cache = insert_cache(graph, find_attention(graph).matches, "union")
     states = carry_states(graph, cache.count)

@@ -10,9 +10,9 @@ import torch
 from onnx import TensorProto, checker, helper
 
 from keysieve.kernels import SCOPES, reference
-from keysieve.plugins.contract import DELTA_RULE, DOMAIN, NAMESPACE, SCORE, SELECT, UPDATE, plan_shape
+from keysieve.plugins.contract import DOMAIN, LINEAR_ATTENTION, NAMESPACE, SCORE, SELECT, UPDATE, plan_shape
 from keysieve.plugins.onnx.body import OPSET
-from keysieve.plugins.onnx.functions import delta_rule_function, score_function, select_function, update_function
+from keysieve.plugins.onnx.functions import linear_attention_function, score_function, select_function, update_function
 
 FLOATS = {np.float32: TensorProto.FLOAT, np.float16: TensorProto.FLOAT16}
 FIXED = {"int32": TensorProto.INT32, "int64": TensorProto.INT64, "float32": TensorProto.FLOAT}
@@ -411,9 +411,10 @@ def test_select_is_idle_when_no_sequence_is_due(scope):
     assert keep.tolist() == [-1, -1] and evicted.tolist() == [0, 0] and not plan.any()
 
 
+@pytest.mark.parametrize("delta", [0, 1])
 @pytest.mark.parametrize("tokens", [1, 6])
-def test_delta_rule_equals_the_reference(tokens):
-    model = one_node_model(delta_rule_function(), DELTA_RULE)
+def test_linear_attention_equals_the_reference(tokens, delta):
+    model = one_node_model(linear_attention_function(), LINEAR_ATTENTION, delta=delta)
     checker.check_model(model, full_check=True)
     rng = np.random.default_rng(0)
     shapes = {"query": (tokens, 4), "key": (tokens, 4), "value": (tokens, 5), "decay": (tokens,), "rate": (tokens,)}
@@ -421,6 +422,6 @@ def test_delta_rule_equals_the_reference(tokens):
     given = {name: rng.normal(size=(2, 3, *shape)).astype(np.float32) for name, shape in shapes.items()}
     given["decay"] = -np.abs(given["decay"])
     found = open_session(model).run(None, given)
-    expected = reference.delta_rule(*(torch.from_numpy(value) for value in given.values()))
+    expected = reference.linear_attention(*(torch.from_numpy(value) for value in given.values()), bool(delta))
     for result, wanted in zip(found, expected, strict=True):
         np.testing.assert_allclose(result, wanted.numpy(), rtol=1e-5, atol=1e-5)

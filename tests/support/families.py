@@ -28,6 +28,8 @@ LINEAR |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_h
 LINEAR |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 # Transformers' own two ways of linear attention differ by 4e-4 with weights as large as those of the others.
 LINEAR |= {"shared_expert_intermediate_size": 32, "initializer_range": 0.1}
+STATE_SPACE: dict[str, Any] = LINEAR | {"position_embedding_type": "rope", "num_local_experts": 2}
+STATE_SPACE |= {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 64}
 # GPT-J and its kin call their sizes by other names.
 SHORT_NAMES: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}
 SHORT_NAMES |= {"n_positions": POSITIONS, "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": EOS}
@@ -87,6 +89,7 @@ COMPILED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
         "half_split",
     ),
     "qwen3_next": (family("Qwen3Next", **HEADS_OF_16, **LINEAR), "half_split"),
+    "granitemoehybrid": (family("GraniteMoeHybrid", **GROUPED, **STATE_SPACE), "half_split"),
     "lfm2": (family("Lfm2", **GROUPED, layer_types=["conv", "full_attention", "conv"]), "half_split"),
     **{name: (BUILDERS[name], "interleaved" if name == "cohere" else "half_split") for name in DECODERS},
 }
