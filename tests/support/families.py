@@ -28,7 +28,8 @@ LINEAR |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_h
 LINEAR |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 # Transformers' own two ways of linear attention differ by 4e-4 with weights as large as those of the others.
 LINEAR |= {"shared_expert_intermediate_size": 32, "initializer_range": 0.1}
-STATE_SPACE: dict[str, Any] = LINEAR | {"position_embedding_type": "rope", "num_local_experts": 2}
+STATE_SPACE: dict[str, Any] = LINEAR | {"layer_types": ["mamba", "attention", "mamba"], "num_local_experts": 2}
+STATE_SPACE |= {"position_embedding_type": "rope"}
 STATE_SPACE |= {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 64}
 # GPT-J and its kin call their sizes by other names.
 SHORT_NAMES: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}
