@@ -24,7 +24,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 import keysieve.plugins.torch_ops  # noqa: F401  (registers torch.ops.keysieve)
-from keysieve.passes.graph import Graph
+from keysieve.passes.graph import CANNOT_EVALUATE, Graph
 from keysieve.passes.result import Attention, Found, Miss, RopeAttention
 from keysieve.passes.rope_form import RopeForm
 
@@ -42,7 +42,6 @@ PROJECTIONS = {
     torch.ops.aten.embedding.default,
     torch.ops.keysieve.attention.default,
 }
-CANNOT_EVALUATE = (RuntimeError, ValueError, KeyError, TypeError, IndexError)
 
 
 class _NoRope(Exception):

@@ -21,6 +21,7 @@ from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
 SYM_SIZE = torch.ops.aten.sym_size.int
+CANNOT_EVALUATE = (RuntimeError, ValueError, KeyError, TypeError, IndexError)  # what Graph.evaluate may raise
 LOW_PRECISION = (torch.float16, torch.bfloat16, torch.float32)
 
 

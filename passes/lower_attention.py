@@ -17,8 +17,8 @@ from torch.fx import Node
 
 from keysieve.kernels.reference import attend, visible
 from keysieve.passes.attention_forms import Anchor, read_attentions
-from keysieve.passes.graph import Graph
-from keysieve.passes.mask_span import EVALUATION_ERRORS, Span, mask_span
+from keysieve.passes.graph import CANNOT_EVALUATE, Graph
+from keysieve.passes.mask_span import Span, mask_span
 from keysieve.passes.result import Miss
 
 aten = torch.ops.aten
@@ -102,7 +102,7 @@ def _verified(graph: Graph, anchor: Anchor, key: Node, value: Node, span: Span) 
         tensors[node] = torch.randn(batch, heads, size, dim, dtype=torch.float64, generator=generator)
     try:
         result = graph.evaluate(anchor.result, {**_sizes_and_positions(graph, batch, size), **tensors})
-    except EVALUATION_ERRORS:
+    except CANNOT_EVALUATE:
         return False
     rows = torch.arange(size)
     mask = visible(rows[:, None], rows, span.window, span.chunk)

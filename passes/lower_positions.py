@@ -11,8 +11,8 @@ Matched means verified: f at positions must be, token by token, what f of a long
 import torch
 from torch.fx import Node
 
-from keysieve.passes.find_rope import CANNOT_EVALUATE, PROJECTIONS
-from keysieve.passes.graph import Graph
+from keysieve.passes.find_rope import PROJECTIONS
+from keysieve.passes.graph import CANNOT_EVALUATE, Graph
 from keysieve.passes.result import Attention
 
 aten = torch.ops.aten

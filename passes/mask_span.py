@@ -10,10 +10,9 @@ import torch
 from torch.fx import Node
 
 from keysieve.kernels.reference import visible
-from keysieve.passes.graph import Graph
+from keysieve.passes.graph import CANNOT_EVALUATE, Graph
 
 aten = torch.ops.aten
-EVALUATION_ERRORS = (RuntimeError, ValueError, KeyError, TypeError, IndexError)
 LONGEST = 1 << 22  # tokens: further numbers in a mask are no windows (-2^63, the least float, ...)
 LONGEST_MATRIX = 16384  # tokens, for masks that can only be evaluated as a whole
 
@@ -37,13 +36,13 @@ def mask_span(graph: Graph, mask: Node) -> Span | str:
     rows = _rows(numbers)
     try:
         seen = _at(graph, mask, rows)
-    except EVALUATION_ERRORS:
+    except CANNOT_EVALUATE:
         if max(numbers) > LONGEST_MATRIX:
             return f"the attention mask has a window of up to {max(numbers)} tokens, too long to be verified"
         rows = torch.arange(max(numbers) + 8)
         try:
             seen = _whole(graph, mask, len(rows))
-        except EVALUATION_ERRORS as error:
+        except CANNOT_EVALUATE as error:
             return f"the attention mask cannot be evaluated alone: {error}"
     windows = [Span(window=size) for number in sorted(numbers) for size in (number, number + 1)]
     for span in (*windows, *(Span(chunk=number) for number in sorted(numbers))):
