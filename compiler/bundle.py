@@ -15,15 +15,18 @@ from keysieve.errors import BundleError, KeySieveError
 
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
+NATIVE_MODEL = "model.onnxruntime.onnx"  # for ONNX Runtime with the custom-op library
 STATISTICS = "stats.safetensors"
 STATE = "state.safetensors"
-FORMAT = 2
+FORMAT = 3
 REQUIRED = (
     "format",
     "keysieve",
     "model",
     "sizes",
     "dtype",
+    "weights",
+    "kv_dtype",
     "eviction",
     "layers",
     "files",
@@ -45,6 +48,11 @@ class Bundle:
     @property
     def model(self) -> Path:
         return self.path / MODEL
+
+    @property
+    def native_model(self) -> Path | None:
+        """The file for ONNX Runtime with the custom-op library, where the bundle has one."""
+        return self.path / NATIVE_MODEL if NATIVE_MODEL in self.manifest["files"] else None
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import save_file
 
 from keysieve.compiler import statistics as statistics_file
-from keysieve.compiler.bundle import MODEL, STATE, STATISTICS, new_folder, write_manifest
+from keysieve.compiler.bundle import MODEL, NATIVE_MODEL, STATE, STATISTICS, new_folder, write_manifest
 from keysieve.compiler.config import CompileConfig, EvictionConfig
 from keysieve.compiler.inspect import Report, report_of
 from keysieve.compiler.model import identity, load_model, load_skeleton, load_tokenizer, round_weights
@@ -29,8 +29,10 @@ from keysieve.compiler.tensorrt import (
 )
 from keysieve.errors import BundleError, CaptureError
 from keysieve.export.onnx import export_onnx
+from keysieve.export.onnxruntime import export_for_onnxruntime
 from keysieve.export.tensorrt import LIBRARY
 from keysieve.passes.graph import Graph
+from keysieve.passes.mask_span import Span
 from keysieve.passes.policies.triattention import QueryCentres, common_form
 from keysieve.plugins.contract import NODES, plan_shape
 from keysieve.version import __version__
@@ -63,7 +65,7 @@ def compile(
         if not dry_run:
             round_weights(loaded, config.dtype)
     matched = find(loaded, progress)
-    report = report_of(loaded, matched, config.eviction, config.dtype)
+    report = report_of(loaded, matched, config.eviction, config.cache_dtype)
     matched.require_all()
     sizes, caches = model_sizes(matched), cache_layout(matched)
     model_identity = {**source, **sizes}
@@ -72,7 +74,7 @@ def compile(
         _dump(config.dump_graphs, "captured", matched.graph)
     with progress.stage("rewrite") as stage:
         initial = _initial_state(config, matched, statistics)
-        graph, states = engine_graph(matched, config.eviction, statistics)
+        graph, states = engine_graph(matched, config.eviction, statistics, config.kv_dtype)
         caches["states"] = [asdict(state) for state in states]
         stage.note(f"{len(graph.fx.nodes):,} nodes")
     kernels = None
@@ -87,7 +89,11 @@ def compile(
         if kernels:
             write_library(kernels, config.tensorrt, folder / LIBRARY, progress)
         with progress.stage("export") as stage:
-            export_onnx(graph, folder / MODEL, _metadata(config, model_identity), config.inline)
+            metadata = _metadata(config, model_identity)
+            quantized = export_onnx(graph, folder / MODEL, metadata, config.inline, config.weights)
+            if config.target == "onnxruntime" and config.dtype == "float32" and not config.inline:
+                windows = {attention.layer: Span(attention.window, attention.chunk) for attention in matched.windowed}
+                export_for_onnxruntime(folder / MODEL, folder / NATIVE_MODEL, windows)
             stage.note(f"{sum(f.stat().st_size for f in folder.iterdir()) / 1e6:,.0f} MB")
         built = write_plans(folder, folder / MODEL, config, limits, progress) if limits else {}
         with progress.stage("bundle"):
@@ -100,6 +106,8 @@ def compile(
                 statistics_file.save(statistics, folder / STATISTICS)
             report = replace(report, nodes=_node_counts(graph), target=config.target, plans=built.get("plans", []))
             content = _manifest(loaded, tokenizer, config, model_identity, sizes, caches, report)
+            if quantized:
+                content["quantized"] = asdict(quantized)
             write_manifest(folder, {**content, **({"tensorrt": built} if built else {})})
     return report
 
@@ -176,6 +184,8 @@ def _manifest(
         "model": model_identity,
         "sizes": sizes,
         "dtype": config.dtype,
+        "weights": config.weights or config.dtype,
+        "kv_dtype": config.cache_dtype,
         "inlined": config.inline,
         "vocab_size": int(text_config.vocab_size),
         "position_limit": getattr(text_config, "max_position_embeddings", None),

@@ -11,6 +11,7 @@ POLICIES = ("triattention", "streaming", "key-norm", "random")
 CENTRES = ("calibrated", "online")
 PROMPTS = ("evictable", "pinned")
 DTYPES = ("float32", "float16", "bfloat16")
+WEIGHTS = ("int8", "int4")
 TARGETS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
 
 
@@ -102,10 +103,16 @@ class TensorRTConfig:
 
 @dataclass(frozen=True)
 class CompileConfig:
-    """Everything `keysieve compile` needs besides the model and the output folder."""
+    """Everything `keysieve compile` needs besides the model and the output folder.
+
+    weights: integers in place of the weights of products, for ONNX Runtime; None: as dtype says. kv_dtype: in which the
+    caches hold keys and values; None: dtype.
+    """
 
     eviction: EvictionConfig = field(default_factory=EvictionConfig)
     dtype: str = "float32"
+    weights: str | None = None
+    kv_dtype: str | None = None
     stats: Path | None = None
     inline: bool = False
     dump_graphs: Path | None = None
@@ -119,6 +126,7 @@ class CompileConfig:
             raise ConfigError(
                 f"an inlined file has no plugin nodes, which target {self.target} needs; leave --inline out"
             )
+        self._check_storage()
         policy = self.eviction.policy
         if policy.needs_statistics and self.stats is None:
             raise ConfigError(
@@ -127,6 +135,27 @@ class CompileConfig:
             )
         if self.stats is not None and policy.name != "triattention":
             raise ConfigError(f"policy {policy.name} uses no statistics; leave --stats out")
+
+    @property
+    def cache_dtype(self) -> str:
+        """In which the caches hold keys and values."""
+        return self.kv_dtype or self.dtype
+
+    def _check_storage(self) -> None:
+        """Weights and caches of another type than the activations are ONNX Runtime's."""
+        if self.weights is not None:
+            _choose("weights", self.weights, WEIGHTS)
+        if self.kv_dtype is not None:
+            _choose("kv-dtype", self.kv_dtype, DTYPES)
+        for option, value in (("--weights", self.weights), ("--kv-dtype", self.kv_dtype)):
+            if value is None or value == self.dtype:
+                continue
+            if self.target != "onnxruntime":
+                raise ConfigError(f"{option} {value} is for ONNX Runtime; leave it out for target {self.target}")
+            if self.dtype != "float32":
+                raise ConfigError(f"{option} {value} needs activations in float32; leave --dtype {self.dtype} out")
+        if self.weights and self.inline:
+            raise ConfigError("--weights makes nodes that only ONNX Runtime knows; leave --inline out")
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from keysieve.plugins.tensorrt.build import COMPILERS
+from keysieve.plugins.cxx import COMPILERS
 from keysieve.version import __version__
 
 # name shown -> distributions that may provide it

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,16 @@ class Engine:
     def __init__(self, bundle: Bundle, runtime: Runtime):
         self.bundle = bundle
         self.manifest = bundle.manifest
-        self.tokenizer = _load_tokenizer(bundle.path)
         self._runtime = runtime
         state_file = bundle.path / STATE
         self._initial = load_file(state_file) if state_file.is_file() else {}
         self.counters: Counters | None = None
         self.timing = Timing()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's, loaded when it is needed; None where the bundle has none."""
+        return _load_tokenizer(self.bundle.path)
 
     # -- requests ----------------------------------------------------------------------------------------------------
     def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[Generation]:
@@ -311,11 +316,12 @@ def prefill(session: Session, prompts: Sequence[Sequence[int]], chunk: int) -> n
     return logits[:, 0]  # type: ignore[index]
 
 
-def load(path: Path | str, threads: int | None = None, device: str = "cpu") -> Engine:
+def load(path: Path | str, threads: int | None = None, device: str = "cpu", native: bool | None = None) -> Engine:
     """Open a bundle for generation.
 
-    device "cpu": model.onnx on ONNX Runtime, with `threads` intra-op threads (default: all cores). "cuda": the bundle's
-    TensorRT plan on the GPU. Raises BundleError for a damaged bundle or one of another version, EngineError where the
+    device "cpu": ONNX Runtime, with `threads` intra-op threads (default: all cores). "cuda": the bundle's TensorRT plan
+    on the GPU. native, on a CPU: True runs with keysieve's custom ops, False without; by default with them where they
+    were built. Raises BundleError for a damaged bundle or one of another version, EngineError where the
     device cannot run it.
     """
     if device not in DEVICES:
@@ -327,7 +333,7 @@ def load(path: Path | str, threads: int | None = None, device: str = "cpu") -> E
         return Engine(bundle, PlanRuntime(bundle))
     from keysieve.compiler.runtimes.onnxruntime import OnnxRuntime
 
-    return Engine(bundle, OnnxRuntime(bundle, threads))
+    return Engine(bundle, OnnxRuntime(bundle, threads, native))
 
 
 def _load_tokenizer(path: Path) -> Any:

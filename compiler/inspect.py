@@ -117,7 +117,7 @@ def _kv_bytes(
 
 def _bundle_report(path: Path) -> Report:
     manifest = open_bundle(path).manifest
-    eviction, dtype = manifest["eviction"], manifest["dtype"]
+    eviction, dtype = manifest["eviction"], manifest["kv_dtype"]
     caches, windows = manifest["caches"], manifest["windows"]
     per_token, for_budget = _kv_bytes(caches, windows, dtype, eviction["budget"], eviction["interval"])
     return Report(

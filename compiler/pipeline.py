@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from keysieve.compiler.capture import capture
 from keysieve.compiler.config import EvictionConfig
+from keysieve.compiler.model import TORCH_DTYPES
 from keysieve.compiler.progress import Progress
 from keysieve.compiler.statistics import Statistics
 from keysieve.errors import MatchError
@@ -131,7 +132,7 @@ def tap_graph(matched: Matched) -> Graph:
 
 
 def engine_graph(
-    matched: Matched, eviction: EvictionConfig, statistics: Statistics | None
+    matched: Matched, eviction: EvictionConfig, statistics: Statistics | None, kv_dtype: str | None = None
 ) -> tuple[Graph, list[State]]:
     """The rewritten graph, and the states that it carries beside the caches.
 
@@ -141,7 +142,7 @@ def engine_graph(
     graph, policy = matched.graph, eviction.policy
     gather_logits(graph)
     attentions, ropes = arrange_heads(graph, matched.attentions, ropes)
-    cache = insert_cache(graph, attentions, eviction.scope)
+    cache = insert_cache(graph, attentions, eviction.scope, TORCH_DTYPES[kv_dtype] if kv_dtype else None)
     states = carry_states(graph, cache.count)
     if not ropes:
         return graph, states

@@ -82,7 +82,7 @@ class Session:
             rows = capacity if cache["window"] is None else self._window_rows[cache["window"]]
             for name, width in (("key", cache["head_dim"]), ("value", cache["value_dim"])):
                 shape = (batch, cache["kv_heads"], rows, width)
-                self._caches[f"{name}_{cache['layer']}"] = binding.zeros(shape, manifest["dtype"])
+                self._caches[f"{name}_{cache['layer']}"] = binding.zeros(shape, manifest["kv_dtype"])
         start = {f"window_length_{index}": np.zeros(batch, np.int32) for index in range(len(self._window_sizes))}
         for state in manifest["states"]:
             start[state["name"]] = np.zeros((batch, *state["shape"]), np.float32)

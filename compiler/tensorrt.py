@@ -27,7 +27,8 @@ from keysieve.kernels.triton.aot import ARCHITECTURES, PORTABLE, build, check_tr
 from keysieve.kernels.triton.configuration import KernelConfiguration
 from keysieve.passes.graph import Graph
 from keysieve.plugins.contract import SCORE, SELECT
-from keysieve.plugins.tensorrt.build import build_library, find_compiler
+from keysieve.plugins.cxx import find_compiler
+from keysieve.plugins.tensorrt.build import build_library
 
 NODES = ("score", "select", "update")
 RTX_ARCHITECTURES = (80, 86, 89, 120)  # GPUs that TensorRT-RTX and the kernels share, but for variants

@@ -13,6 +13,7 @@ from onnxscript.onnx_opset import opset24 as op
 
 import keysieve.plugins.torch_ops  # noqa: F401  (registers torch.ops.keysieve)
 from keysieve.errors import ExportError
+from keysieve.export.quantize import Quantized, quantize
 from keysieve.export.translate import translate
 from keysieve.passes.graph import Graph
 from keysieve.plugins.contract import DOMAIN, LINEAR_ATTENTION, NAMESPACE, NODES, SCORE, SELECT, UPDATE, PluginNode
@@ -22,10 +23,13 @@ TENSOR_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(
 DIMENSIONS = {"input_ids": ("batch", "tokens"), "logits_at": ("batch", "wanted")}
 
 
-def export_onnx(graph: Graph, path: Path, metadata: dict[str, str], inline: bool = False) -> None:
+def export_onnx(
+    graph: Graph, path: Path, metadata: dict[str, str], inline: bool = False, weights: str | None = None
+) -> Quantized | None:
     """Write the rewritten graph to `path` with its weights beside it in `<path>.data`.
 
     inline: put the function bodies in place of the plugin nodes, for runtimes that know no model-local functions.
+    weights: "int8" or "int4" quantizes them, for ONNX Runtime; what that did is returned.
     Raises ExportError where a node has no ONNX form, or the file does not pass onnx.checker.
     """
     functions = _functions(graph)
@@ -43,12 +47,14 @@ def export_onnx(graph: Graph, path: Path, metadata: dict[str, str], inline: bool
     model.opset_imports[DOMAIN] = 1
     if inline:
         _inline(model)
+    quantized = quantize(model, weights) if weights else None
     data = f"{path.name}.data"
     ir.save(model, path, external_data=data)
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"{path}: the exported graph fails onnx.checker: {error}") from error
+    return quantized
 
 
 def _functions(graph: Graph) -> list[FunctionProto]:

@@ -82,10 +82,11 @@ def group_windows(attentions: list[Attention]) -> list[Window]:
     return list(windows.values())
 
 
-def insert_cache(graph: Graph, attentions: list[Attention], scope: str) -> Cache:
+def insert_cache(graph: Graph, attentions: list[Attention], scope: str, dtype: torch.dtype | None = None) -> Cache:
     """Add the inputs count, position, key_<l>, value_<l>; outputs of the same names end in _next.
 
-    Where layers evict: length, plan and keep too. For every window: window_length_<index>.
+    dtype: of the caches (None: that of keys and values). Where layers evict: length, plan and keep too. For every
+    window: window_length_<index>.
     Raises MatchError where layers that evict have different shapes (they share one score and one select node).
     """
     evicting = [attention for attention in attentions if attention.evicts]
@@ -100,7 +101,7 @@ def insert_cache(graph: Graph, attentions: list[Attention], scope: str) -> Cache
         length = graph.input("length", (batch,), torch.int32)
         plan = graph.input("plan", shape, torch.int32)
         keep = graph.input("keep", (batch,), torch.int32)
-    caches = _cache_inputs(graph, attentions, windows)
+    caches = _cache_inputs(graph, attentions, windows, dtype)
     window_lengths = [graph.input(f"window_length_{index}", (batch,), torch.int32) for index in range(len(windows))]
 
     call = graph.call
@@ -127,13 +128,16 @@ def insert_cache(graph: Graph, attentions: list[Attention], scope: str) -> Cache
         key, value = caches[attention.layer]
         place, where = attention.node, rows[attention.layer]
         with graph.before(place):
+            new = [_cast(graph, node, key.meta["val"].dtype) for node in (attention.key, attention.value)]
             updated = call(
                 torch.ops.keysieve.update.default,
-                attention.key, attention.value, where.length, where.plan, where.keep, key, value,
+                *new, where.length, where.plan, where.keep, key, value,
                 len(keys) if attention.evicts else 0,
             )  # fmt: skip
             key_next, value_next = graph.item(updated, 0), graph.item(updated, 1)
-            attend = _attend(graph, attention, key_next, value_next, where.mask)
+            kind = attention.query.meta["val"].dtype
+            key_read, value_read = _cast(graph, key_next, kind), _cast(graph, value_next, kind)
+            attend = _attend(graph, attention, key_read, value_read, where.mask)
         place.replace_all_uses_with(attend)
         graph.fx.erase_node(place)
         graph.outputs[f"{key.name}_next"] = key_next
@@ -143,16 +147,22 @@ def insert_cache(graph: Graph, attentions: list[Attention], scope: str) -> Cache
     return Cache(positions, end, count, shared.held if evicting else None, keys, windows)
 
 
-def _cache_inputs(graph: Graph, attentions: list[Attention], windows: list[Window]) -> list[tuple[Node, Node]]:
+def _cast(graph: Graph, node: Node, dtype: torch.dtype) -> Node:
+    return node if node.meta["val"].dtype == dtype else graph.call(aten.to.dtype, node, dtype)
+
+
+def _cache_inputs(
+    graph: Graph, attentions: list[Attention], windows: list[Window], dtype: torch.dtype | None
+) -> list[tuple[Node, Node]]:
     """key_<l> [B,Hkv,C,D] and value_<l> [B,Hkv,C,Dv] of every layer; each window has a capacity of its own."""
     batch = graph.shape(graph.inputs["input_ids"])[0]
     capacity = {layer: f"window_{index}" for index, window in enumerate(windows) for layer in window.layers}
     caches = []
     for attention in attentions:
         rows = graph.symbol(capacity.get(attention.layer, "capacity"))
-        dtype = attention.key.meta["val"].dtype
-        key = graph.input(f"key_{attention.layer}", (batch, attention.kv_heads, rows, attention.head_dim), dtype)
-        value = graph.input(f"value_{attention.layer}", (batch, attention.kv_heads, rows, attention.value_dim), dtype)
+        kind, shape = dtype or attention.key.meta["val"].dtype, (batch, attention.kv_heads, rows)
+        key = graph.input(f"key_{attention.layer}", (*shape, attention.head_dim), kind)
+        value = graph.input(f"value_{attention.layer}", (*shape, attention.value_dim), kind)
         caches.append((key, value))
     return caches
 

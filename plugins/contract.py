@@ -87,6 +87,32 @@ SELECT = PluginNode(
 
 NODES = (UPDATE, SCORE, SELECT)
 
+# Update, RoPE and attention in one node, for ONNX Runtime's library alone: model.onnx never holds it. cosine and sine
+# are left out where query and key come rotated; window and softcap are 0 for none. New tokens come first in shapes.
+ATTEND = PluginNode(
+    "KeySieveAttend",
+    "1",
+    inputs=(
+        Port("query", "B,S,Hq,D", "float32"),
+        Port("key_new", "B,S,Hkv,D", "float32"),
+        Port("value_new", "B,S,Hkv,Dv", "float32"),
+        Port("length", "B", "int32"),
+        Port("plan", "Lp,B,Hp,C", "int32"),
+        Port("keep", "B", "int32"),
+        Port("key", "B,Hkv,C,D", "cache"),
+        Port("value", "B,Hkv,C,Dv", "cache"),
+        Port("cosine", "B,S,D", "float32"),
+        Port("sine", "B,S,D", "float32"),
+        Port("sinks", "Hq", "float32"),
+    ),
+    outputs=(
+        Port("read", "B,S,Hq,Dv", "float32"),
+        Port("key_out", "B,Hkv,C,D", "cache", alias="key"),
+        Port("value_out", "B,Hkv,C,Dv", "cache", alias="value"),
+    ),
+    attributes={"layer": int, "scale": float, "softcap": float, "window": int},
+)
+
 # What linear attention needs in an ONNX file. No plugin carries it: the function body runs everywhere.
 LINEAR_ATTENTION = PluginNode(
     "KeySieveLinearAttention",

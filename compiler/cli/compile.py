@@ -14,6 +14,7 @@ from keysieve.compiler.config import (
     POLICIES,
     PROMPTS,
     TARGETS,
+    WEIGHTS,
     CompileConfig,
     EvictionConfig,
     PolicyConfig,
@@ -88,6 +89,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     score.add_argument("--no-norm", dest="norm", action="store_false", default=None, help="leave out the second term")
     made = parser.add_argument_group("what is made")
     made.add_argument("--dtype", choices=DTYPES, help=f"of weights and cache (default {CompileConfig.dtype})")
+    made.add_argument(
+        "--weights", choices=WEIGHTS, help="integers in place of the weights, for ONNX Runtime (default: as --dtype)"
+    )
+    made.add_argument("--kv-dtype", choices=DTYPES, help="of the cache alone, for ONNX Runtime (default: as --dtype)")
     made.add_argument("--inline", action="store_true", help="only standard ONNX operators, for other runtimes")
     made.add_argument("--dump-graphs", metavar="DIR", type=Path, help="write the graphs as text, before and after")
     made.add_argument("--dry-run", action="store_true", help="do all of it without weights, and write no bundle")
@@ -136,7 +141,7 @@ def compile_config(args: Namespace) -> CompileConfig:
     if foreign and name != "triattention":
         raise UsageError(f"policy {name} does not use {', '.join(foreign)}; leave it out, or use triattention")
     kept = given(args, "budget", "interval", "sinks", "recent", "scope", "prompt")
-    made = given(args, "dtype", "stats", "inline", "dump_graphs", "target")
+    made = given(args, "dtype", "weights", "kv_dtype", "stats", "inline", "dump_graphs", "target")
     engine = given(args, *TENSORRT)
     if engine and made.get("target", CompileConfig.target) == CompileConfig.target:
         foreign = [TENSORRT[keyword] for keyword in engine]

@@ -1,23 +1,36 @@
-"""ONNX Runtime on a CPU: runs every bundle's model.onnx, with buffers that are numpy arrays."""
+"""ONNX Runtime on a CPU, with buffers that are numpy arrays.
+
+With the custom-op library of keysieve.plugins.onnxruntime it runs the bundle's model.onnxruntime.onnx; without it,
+model.onnx and the function bodies in it.
+"""
 
 import gc
+import logging
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
 from keysieve.compiler.bundle import Bundle
 from keysieve.errors import BundleError, EngineError
+from keysieve.plugins.onnxruntime.build import find_library
 
 DTYPES = ("float32", "float16")
+BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16, which numpy does not know
+
+log = logging.getLogger("keysieve")
 
 
 class HostBuffer:
     """A numpy array, and the OrtValue that refers to its memory."""
 
-    def __init__(self, array: np.ndarray):
+    def __init__(self, array: np.ndarray, bfloat16: bool = False):
         self.array = array
         self.nbytes = array.nbytes
-        self.value = ort.OrtValue.ortvalue_from_numpy(array)
+        value = ort.OrtValue
+        self.value = (
+            value.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16) if bfloat16 else value.ortvalue_from_numpy(array)
+        )
 
 
 class OnnxBinding:
@@ -28,7 +41,8 @@ class OnnxBinding:
         self._binding = session.io_binding()
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> HostBuffer:
-        return HostBuffer(np.zeros(shape, np.dtype(dtype)))
+        bfloat16 = dtype == "bfloat16"
+        return HostBuffer(np.zeros(shape, np.uint16 if bfloat16 else np.dtype(dtype)), bfloat16)
 
     def buffer(self, value: np.ndarray) -> HostBuffer:
         return HostBuffer(value)
@@ -52,12 +66,14 @@ class OnnxBinding:
 
 
 class OnnxRuntime:
-    """A Runtime for a bundle's ONNX file. threads: intra-op threads (None: all cores).
+    """A Runtime for a bundle's ONNX file.
 
-    Raises EngineError for a dtype that it cannot run, BundleError where ONNX Runtime cannot load the file.
+    threads: intra-op threads (None: all cores). native: run with the custom-op library (None: where it was built).
+    Raises EngineError for a dtype that it cannot run or a library that cannot be used, BundleError where ONNX Runtime
+    cannot load the file.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None):
+    def __init__(self, bundle: Bundle, threads: int | None = None, native: bool | None = None):
         if bundle.manifest["dtype"] not in DTYPES:
             raise EngineError(
                 f"{bundle.path}: ONNX Runtime on a CPU has no kernels for {bundle.manifest['dtype']}; "
@@ -69,13 +85,32 @@ class OnnxRuntime:
                 raise EngineError(f"threads is {threads}; it must be at least 1")
             options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        self.library = None if native is False else find_library()
+        model = bundle.model
+        if self.library is not None:
+            _register(options, self.library)
+            model = bundle.native_model or model
+        elif native:
+            raise EngineError(f"the custom-op library was not built; {_BUILD}")
+        elif native is None:
+            log.warning("running without keysieve's custom ops, several times slower; %s", _BUILD)
         try:
-            self._session = ort.InferenceSession(str(bundle.model), options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's own exceptions share no public base
-            raise BundleError(f"{bundle.model}: ONNX Runtime cannot load it: {error}") from error
+            raise BundleError(f"{model}: ONNX Runtime cannot load it: {error}") from error
 
     def check(self, batch: int, capacity: int, chunk: int) -> None:
         """Every size is fine."""
 
     def binding(self) -> OnnxBinding:
         return OnnxBinding(self._session)
+
+
+_BUILD = "`keysieve plugin build --ort` builds it (it needs a C++ compiler)"
+
+
+def _register(options: ort.SessionOptions, library: Path) -> None:
+    try:
+        options.register_custom_ops_library(str(library))
+    except Exception as error:  # as above
+        raise EngineError(f"ONNX Runtime {ort.__version__} cannot use {library}: {error}; {_BUILD}") from error

@@ -20,6 +20,7 @@ from keysieve.errors import ExportError
 from keysieve.kernels.triton.aot import PORTABLE, Artifact, default_cache
 from keysieve.kernels.triton.configuration import KernelConfiguration
 from keysieve.plugins.contract import NODES
+from keysieve.plugins.cxx import find_compiler, run, version_of
 from keysieve.version import __version__
 
 SOURCES = Path(__file__).parent
@@ -30,7 +31,6 @@ PARAMETERS = {
     "select_plan": "scores stats length limit budget pinned ranks plan keep evicted batch capacity",
     "update": "key_new value_new length plan keep key value batch capacity tokens plan_layers layer",
 }
-COMPILERS = ("g++", "c++", "clang++")
 SCRATCH = ("global_scratch", "profile_scratch")
 FLAGS = (
     "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra", "-Werror",
@@ -83,10 +83,10 @@ def build_library(
         for index, image in enumerate(images):
             (folder / f"{index}.bin").write_bytes(image.data)
         flags, link = ([flag.format(sources=SOURCES) for flag in group] for group in (FLAGS, LINK_FLAGS))
-        _run([compiler, *flags, "-I", str(SOURCES), "-c", "generated.cpp", "-o", "generated.o"], folder)
-        _run([compiler, "-c", "images.S", "-o", "images.o"], folder)
+        run([compiler, *flags, "-I", str(SOURCES), "-c", "generated.cpp", "-o", "generated.o"], folder)
+        run([compiler, "-c", "images.S", "-o", "images.o"], folder)
         own = ["generated.o", "images.o"]
-        _run([compiler, *link, *map(str, objects), *own, "-o", "library.so", "-ldl", "-lpthread"], folder)
+        run([compiler, *link, *map(str, objects), *own, "-o", "library.so", "-ldl", "-lpthread"], folder)
         output.parent.mkdir(parents=True, exist_ok=True)
         partial = output.with_name(f".{output.name}.{os.getpid()}")
         shutil.copy(folder / "library.so", partial)
@@ -117,14 +117,6 @@ def _images(artifacts: Sequence[Artifact]) -> list[_Image]:
         if artifact.arch == PORTABLE:
             images.append(_Image(artifact, True, False, artifact.ptx.encode()))
     return images
-
-
-def find_compiler() -> str:
-    """The first C++ compiler on PATH."""
-    for name in COMPILERS:
-        if found := shutil.which(name):
-            return found
-    raise ExportError("no C++ compiler on PATH (g++ or clang++); the plugin library is compiled on this machine")
 
 
 def _include_flags(tensorrt_include: Path | None) -> list[str]:
@@ -161,7 +153,7 @@ def _cuda_include() -> Path:
 def _host_objects(compiler: str, includes: list[str], cache: Path) -> list[Path]:
     """Object files of the host code, compiled unless the cache has them for these sources, flags and compiler."""
     sources = sorted(SOURCES.glob("*.cpp"))
-    digest = sha256(_version_of(compiler).encode())
+    digest = sha256(version_of(compiler).encode())
     for part in (*FLAGS, *includes):
         digest.update(part.encode())
     for file in (*sources, *sorted(SOURCES.glob("*.h"))):
@@ -174,7 +166,7 @@ def _host_objects(compiler: str, includes: list[str], cache: Path) -> list[Path]
 
             def compile_one(source: Path) -> None:
                 target = str(Path(partial) / f"{source.stem}.o")
-                _run([compiler, *flags, *includes, "-c", str(source), "-o", target], Path(partial))
+                run([compiler, *flags, *includes, "-c", str(source), "-o", target], Path(partial))
 
             list(pool.map(compile_one, sources))
             try:
@@ -183,21 +175,6 @@ def _host_objects(compiler: str, includes: list[str], cache: Path) -> list[Path]
             except OSError:
                 shutil.rmtree(f"{partial}.done", ignore_errors=True)  # someone else was faster
     return sorted(folder.glob("*.o"))
-
-
-def _version_of(compiler: str) -> str:
-    try:
-        return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise ExportError(f"the C++ compiler {compiler} does not run: {error}") from error
-
-
-def _run(command: list[str], folder: Path) -> None:
-    environment = {**os.environ, "LC_ALL": "C"}
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
-    if result.returncode:
-        first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip()[-400:])
-        raise ExportError(f"building the plugin library failed: {first}\ncommand: {' '.join(command)}")
 
 
 def _generated(configuration: KernelConfiguration, images: Sequence[_Image], aliased: bool) -> str:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from keysieve.plugins.tensorrt.build import SOURCES, find_compiler
+from keysieve.plugins.cxx import find_compiler
+from keysieve.plugins.tensorrt.build import SOURCES
 
 HERE = Path(__file__).parent
 

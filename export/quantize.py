@@ -1,0 +1,117 @@
+"""quantize: the weights of matrix products as 8 or 4 bit integers, in blocks that share a scale.
+
+    x, W [N,K] -> Transpose -> MatMul
+becomes
+    x, W as integers [N,K], a scale for every 32 of a row -> MatMulNBits
+
+The numbers are those of ONNX Runtime's own quantiser, and MatMulNBits is its operator, so the file needs ONNX Runtime.
+Embeddings stay as they are: only the rows of a step's tokens are read of them.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+BITS = {"int8": 8, "int4": 4}
+DOMAIN = "com.microsoft"
+BLOCK = 32  # elements that share a scale; MatMulNBits has fast kernels for it
+INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: products of integers, activations rounded to 8 bits
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What quantize did: products with a constant matrix, those of them that are integers now, bytes of these.
+
+    error: root mean square of the differences to the weights that they replace, relative to these.
+    """
+
+    products: int
+    quantized: int
+    bytes_before: int
+    bytes_after: int
+    error: float
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A constant matrix [K,N], and the name and place of its bytes: [N,K] where it is transposed."""
+
+    name: str
+    tensor: ir.TensorProtocol
+    transposed: bool
+
+    @property
+    def depth_first(self) -> np.ndarray:
+        array = self.tensor.numpy()
+        return np.ascontiguousarray(array.T if self.transposed else array)
+
+
+def quantize(model: ir.Model, weights: str) -> Quantized:
+    """Replace every product of float activations with a constant matrix; weights: "int8" or "int4"."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import (
+        DefaultWeightOnlyQuantConfig,
+        DefaultWeightOnlyQuantizer,
+    )
+
+    bits = BITS[weights]
+    quantizer = DefaultWeightOnlyQuantizer(DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=True, bits=bits))
+    made: dict[str, tuple[ir.Value, ir.Value]] = {}  # by name: several products may use one matrix
+    products = done = before = after = 0
+    squares = errors = 0.0
+    for node in [node for node in model.graph if node.op_type == "MatMul"]:
+        matrix = _constant_matrix(node.inputs[1])
+        if matrix is None:
+            continue
+        products += 1
+        if matrix.tensor.dtype != ir.DataType.FLOAT:
+            continue
+        floats = matrix.depth_first
+        depth, columns = floats.shape
+        if matrix.name not in made:
+            packed, scales, _ = quantizer.qbits_block_quant(floats)
+            names = f"{matrix.name}_{weights}", f"{matrix.name}_scale"
+            made[matrix.name] = _initializer(model, names[0], packed), _initializer(model, names[1], scales)
+            before, after = before + floats.nbytes, after + packed.nbytes + scales.nbytes
+            squares += float(np.square(floats).sum(dtype=np.float64))
+            difference = floats - _dequantized(packed, scales, bits)[:depth]
+            errors += float(np.square(difference).sum(dtype=np.float64))
+        attributes = {"K": depth, "N": columns, "bits": bits, "block_size": BLOCK, "accuracy_level": INT8_ACTIVATIONS}
+        inputs = [node.inputs[0], *made[matrix.name]]
+        _replace(model, node, ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN, name=node.name))
+        done += 1
+    RemoveUnusedNodesPass()(model)
+    model.opset_imports[DOMAIN] = 1
+    return Quantized(products, done, before, after, (errors / squares) ** 0.5 if squares else 0.0)
+
+
+def _dequantized(packed: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
+    """[K,N] of packed [N,K/BLOCK,BLOCK*bits/8], whose zero is in the middle of the range."""
+    whole = packed if bits == 8 else np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:2], BLOCK)
+    values = (whole.astype(np.float32) - (1 << (bits - 1))) * scales.reshape(*packed.shape[:2], 1)
+    return values.reshape(len(packed), -1).T
+
+
+def _constant_matrix(value: ir.Value | None) -> _Matrix | None:
+    """The initializer behind an operand; None for anything else."""
+    producer = value.producer() if value is not None else None
+    transposed = producer is not None and producer.op_type == "Transpose"
+    source = producer.inputs[0] if producer is not None and transposed else value
+    tensor = source.const_value if source is not None and source.is_initializer() else None
+    if source is None or tensor is None or len(tensor.shape) != 2:
+        return None
+    return _Matrix(source.name or "", tensor, transposed)
+
+
+def _initializer(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    model.graph.register_initializer(value)
+    return value
+
+
+def _replace(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
+    value, result = old.outputs[0], new.outputs[0]
+    result.name, result.shape, result.type = value.name, value.shape, value.type
+    ir.convenience.replace_nodes_and_values(model.graph, old, [old], [new], [value], [result])

@@ -1,0 +1,1 @@
+"""The ONNX Runtime carrier: a library of custom ops in C++, for CPUs."""

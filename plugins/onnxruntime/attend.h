@@ -1,0 +1,77 @@
+// KeySieveAttend: KeySieveUpdate, RoPE of the new queries and keys, and attention over the cache, in one node.
+//
+// query [B,S,Hq,D], key_new [B,S,Hkv,D], value_new [B,S,Hkv,Dv]: float, before RoPE where cosine and sine [B,S,D] are
+// given (half-split); length, plan, keep, key, value as in KeySieveUpdate; sinks [Hq]: logits of attention sinks.
+// Outputs: read [B,S,Hq,Dv], key_out, value_out. Token s sees the rows up to its own, the last `window` of them (0: all).
+#pragma once
+
+#include "cache.h"
+
+namespace keysieve {
+
+// Attention of `tokens` new tokens a sequence; see attend.cpp.
+struct AttendShape {
+    int64_t batches, tokens, queryHeads, heads, capacity, keyDim, valueDim;
+};
+void attend(Context const& context, CacheType type, AttendShape const& shape, Plan const& plan, float const* queries,
+            char const* keys, char const* values, float const* sinks, int64_t window, float softcap, float* read);
+
+template <CacheType T> class Attend {
+public:
+    explicit Attend(Attributes const& attributes)
+        : layer_(attributes.integer("layer")), window_(attributes.integer("window")), scale_(attributes.real("scale")),
+          softcap_(attributes.real("softcap")) {}
+
+    void compute(Context& context) const {
+        Tensor const key = context.input(6, "key", {-1, -1, -1, -1});
+        int64_t const batches = key.shape[0], heads = key.shape[1], capacity = key.shape[2], dim = key.shape[3];
+        Tensor const value = context.input(7, "value", {batches, heads, capacity, -1});
+        Tensor const query = context.input(0, "query", {batches, -1, -1, dim});
+        int64_t const tokens = query.shape[1], queryHeads = query.shape[2], valueDim = value.shape[3];
+        if (queryHeads % heads) throw std::runtime_error("the heads of query and key do not fit");
+        Tensor const keyNew = context.input(1, "key_new", {batches, tokens, heads, dim});
+        Tensor const valueNew = context.input(2, "value_new", {batches, tokens, heads, valueDim});
+        Tensor const cosine = context.input(8), sine = context.input(9), sinks = context.input(10);
+        bool const rotated = static_cast<bool>(cosine);
+        if (rotated) context.input(8, "cosine", {batches, tokens, dim}), context.input(9, "sine", {batches, tokens, dim});
+        if (sinks) context.input(10, "sinks", {queryHeads});
+        Plan const plan = readPlan(context, 3, layer_, batches, heads, capacity, tokens);
+        Tensor const read = context.output(0, {batches, tokens, queryHeads, valueDim});
+        char* keys = inPlace(context, 1, key, itemSize(T));
+        char* values = inPlace(context, 2, value, itemSize(T));
+        size_t const keyRow = static_cast<size_t>(dim) * itemSize(T), valueRow = static_cast<size_t>(valueDim) * itemSize(T);
+        compact(context, plan, batches, heads, capacity, keys, keyRow, values, valueRow);
+
+        Kernels const& k = kernels();
+        int64_t const group = queryHeads / heads;
+        float* turned = scratch(0, static_cast<size_t>(dim));
+        float* queries = scratch(1, static_cast<size_t>(batches * tokens * queryHeads * dim)); // [B,Hkv,S,G,D]
+        for (int64_t b = 0; b < batches; ++b)
+            for (int64_t s = 0; s < tokens; ++s) {
+                int64_t const token = b * tokens + s;
+                float const* c = rotated ? cosine.as<float>() + token * dim : nullptr;
+                float const* i = rotated ? sine.as<float>() + token * dim : nullptr;
+                for (int64_t h = 0; h < queryHeads; ++h) {
+                    float const* from = query.as<float>() + (token * queryHeads + h) * dim;
+                    float* to = queries + (((b * heads + h / group) * tokens + s) * group + h % group) * dim;
+                    if (rotated) k.rotate(from, c, i, scale_, to, dim);
+                    else for (int64_t d = 0; d < dim; ++d) to[d] = from[d] * scale_;
+                }
+                for (int64_t h = 0; h < heads; ++h) {
+                    float const* from = keyNew.as<float>() + (token * heads + h) * dim;
+                    if (rotated) k.rotate(from, c, i, 1.0f, turned, dim), from = turned;
+                    size_t const row = static_cast<size_t>((b * heads + h) * capacity + plan.start(b) + s);
+                    k.store[T](from, keys + row * keyRow, dim);
+                    k.store[T](valueNew.as<float>() + (token * heads + h) * valueDim, values + row * valueRow, valueDim);
+                }
+            }
+        AttendShape const shape = {batches, tokens, queryHeads, heads, capacity, dim, valueDim};
+        attend(context, T, shape, plan, queries, keys, values, sinks.as<float>(), window_, softcap_, read.as<float>());
+    }
+
+private:
+    int64_t layer_, window_;
+    float scale_, softcap_;
+};
+
+} // namespace keysieve

@@ -1,0 +1,56 @@
+#include "kernels.h"
+
+#include <atomic>
+#include <cstring>
+#include <initializer_list>
+
+namespace keysieve {
+
+namespace {
+
+bool has(Kernels const* kernels) {
+    if (!kernels) return false;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (!std::strcmp(kernels->name, "avx512"))
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (!std::strcmp(kernels->name, "avx2"))
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); // these have f16c too
+#endif
+    return true;
+}
+
+Kernels const* fastest() {
+    for (Kernels const* candidate : {avx512Kernels(), avx2Kernels()})
+        if (has(candidate)) return candidate;
+    return portableKernels();
+}
+
+std::atomic<Kernels const*>& inUse() {
+    static std::atomic<Kernels const*> current{fastest()};
+    return current;
+}
+
+} // namespace
+
+Kernels const& kernels() { return *inUse(); }
+
+} // namespace keysieve
+
+extern "C" {
+
+// The instruction set in use.
+__attribute__((visibility("default"))) char const* keysieve_instructions() { return keysieve::kernels().name; }
+
+// Use another one; 0 if it was not compiled, or the processor lacks it.
+__attribute__((visibility("default"))) int keysieve_use(char const* name) {
+    for (keysieve::Kernels const* candidate :
+         {keysieve::avx512Kernels(), keysieve::avx2Kernels(), keysieve::portableKernels()})
+        if (candidate && !std::strcmp(candidate->name, name) && keysieve::has(candidate)) {
+            keysieve::inUse() = candidate;
+            return 1;
+        }
+    return 0;
+}
+}

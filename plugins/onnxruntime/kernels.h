@@ -1,0 +1,65 @@
+// The inner loops, compiled once for every instruction set; the ops call those that the processor has.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace keysieve {
+
+enum CacheType : int { kCacheFloat, kCacheFloat16, kCacheBFloat16, kCacheTypes };
+
+inline size_t itemSize(CacheType type) { return type == kCacheFloat ? 4 : 2; }
+
+// The keys and values of one KV head.
+struct Head {
+    void const* key;   // [rows, keyDim]
+    void const* value; // [rows, valueDim]
+    int64_t keyDim, valueDim;
+};
+
+// Queries [count, keyDim], scaled; query q sees the rows [first[q], end[q]), both ascending in q.
+struct Queries {
+    float const* data;
+    int64_t count;
+    int64_t const *first, *end;
+    float softcap; // 0: none
+};
+
+// Softmax not yet divided: read [count, valueDim] is relative to the highest logit `top`, whose weights sum to `sum`.
+struct Partial {
+    float *read, *top, *sum;
+};
+
+struct Centres {
+    float const* centre; // [group, offsets, dim]
+    float const* weight; // [group, rotary / 2]
+    int64_t group, offsets, dim, rotary;
+    bool interleaved;
+};
+
+struct Kernels {
+    char const* name;
+    // Floats to rows of a cache.
+    void (*store[kCacheTypes])(float const* from, void* to, int64_t count);
+    // x [dim] turned: x * cosine + rotated half of x * sine, times factor.
+    void (*rotate)(float const* x, float const* cosine, float const* sine, float factor, float* to, int64_t dim);
+    // Attention of a few queries that see the same rows; work: floats, fewWork() of them.
+    void (*attendFew[kCacheTypes])(Head const&, Queries const&, Partial const&, float* work);
+    // Attention of many queries; work: manyWork() floats.
+    void (*attendMany[kCacheTypes])(Head const&, Queries const&, Partial const&, float* work);
+    // scores [group, stride] of rows 0 .. rows - 1
+    void (*scoreTrig[kCacheTypes])(void const* key, int64_t rows, Centres const&, float* scores, int64_t stride);
+    void (*scoreNorm[kCacheTypes])(void const* key, int64_t rows, int64_t dim, float* scores);
+    int64_t (*fewWork)(int64_t queries, int64_t rows);
+    int64_t (*manyWork)(int64_t queries, int64_t keyDim, int64_t valueDim);
+};
+
+// Null where it was not compiled for this processor family.
+Kernels const* avx512Kernels();
+Kernels const* avx2Kernels();
+Kernels const* portableKernels();
+
+// Those in use: the fastest that the processor has.
+Kernels const& kernels();
+
+} // namespace keysieve

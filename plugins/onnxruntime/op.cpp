@@ -1,0 +1,101 @@
+#include "op.h"
+
+#include <array>
+
+namespace keysieve {
+
+std::string text(Shape const& shape) {
+    std::string result = "[";
+    for (size_t axis = 0; axis < shape.size(); ++axis) result += (axis ? "," : "") + std::to_string(shape[axis]);
+    return result + "]";
+}
+
+void check(ort::Api const& api, ort::Status* status) {
+    if (!status) return;
+    auto message = reinterpret_cast<char const* (*)(ort::Status const*)>(const_cast<void*>(api.functions[2]));
+    std::string words = message(status);
+    api.release(ort::kReleaseStatus, status);
+    throw std::runtime_error(words);
+}
+
+int64_t Attributes::integer(char const* name) const {
+    int64_t value = 0;
+    check(api_, api_.call(ort::kGetAttributeInt64, info_, name, &value));
+    return value;
+}
+
+float Attributes::real(char const* name) const {
+    float value = 0;
+    check(api_, api_.call(ort::kGetAttributeFloat, info_, name, &value));
+    return value;
+}
+
+std::string Attributes::string(char const* name) const {
+    size_t size = 0;
+    char* nowhere = nullptr;
+    check(api_, api_.call(ort::kGetAttributeString, info_, name, nowhere, &size));
+    std::string value(size, '\0');
+    check(api_, api_.call(ort::kGetAttributeString, info_, name, value.data(), &size));
+    value.resize(size ? size - 1 : 0);
+    return value;
+}
+
+namespace {
+
+Tensor tensor(ort::Api const& api, ort::Value const* value) {
+    Tensor result;
+    if (!value) return result;
+    ort::ShapeInfo* info = nullptr;
+    check(api, api.call(ort::kGetTensorTypeAndShape, value, &info));
+    size_t rank = 0;
+    ort::Status* status = api.call(ort::kGetDimensionsCount, static_cast<ort::ShapeInfo const*>(info), &rank);
+    if (!status) {
+        result.shape.resize(rank);
+        status = api.call(ort::kGetDimensions, static_cast<ort::ShapeInfo const*>(info), result.shape.data(), rank);
+    }
+    api.release(ort::kReleaseShapeInfo, info);
+    check(api, status);
+    check(api, api.call(ort::kGetTensorMutableData, const_cast<ort::Value*>(value), &result.data));
+    return result;
+}
+
+} // namespace
+
+size_t Context::inputs() const {
+    size_t count = 0;
+    check(api_, api_.call(ort::kGetInputCount, static_cast<ort::KernelContext const*>(context_), &count));
+    return count;
+}
+
+Tensor Context::input(size_t index) const {
+    if (index >= inputs()) return {};
+    ort::Value const* value = nullptr;
+    check(api_, api_.call(ort::kGetInput, static_cast<ort::KernelContext const*>(context_), index, &value));
+    return tensor(api_, value);
+}
+
+Tensor Context::input(size_t index, char const* name, Shape const& expected) const {
+    Tensor result = input(index);
+    bool fits = result.shape.size() == expected.size();
+    for (size_t axis = 0; fits && axis < expected.size(); ++axis)
+        fits = expected[axis] == -1 || expected[axis] == result.shape[axis];
+    if (!fits) throw std::runtime_error(std::string(name) + " is " + text(result.shape) + ", not " + text(expected));
+    return result;
+}
+
+Tensor Context::output(size_t index, Shape const& shape) const {
+    ort::Value* value = nullptr;
+    check(api_, api_.call(ort::kGetOutput, context_, index, shape.data(), shape.size(), &value));
+    Tensor result{shape};
+    check(api_, api_.call(ort::kGetTensorMutableData, value, &result.data));
+    return result;
+}
+
+float* scratch(size_t slot, size_t floats) {
+    thread_local std::array<std::vector<float>, 8> buffers;
+    auto& buffer = buffers.at(slot);
+    if (buffer.size() < floats) buffer.resize(floats);
+    return buffer.data();
+}
+
+} // namespace keysieve
