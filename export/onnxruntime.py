@@ -66,10 +66,8 @@ def _fuse_attention(graph: ir.Graph, update: ir.Node, window: int) -> bool:
         "plugin_version": ATTEND.version,
         "plugin_namespace": NAMESPACE,
     }
-    attend = ir.node(
-        ATTEND.name, [*tokens_first, length, plan, keep, key, value, cos, sin], attributes=attributes, domain=DOMAIN, num_outputs=3,
-        name=attention.name,
-    )  # fmt: skip
+    inputs = [*tokens_first, length, plan, keep, key, value, cos, sin]
+    attend = ir.node(ATTEND.name, inputs, attributes, domain=DOMAIN, num_outputs=3, name=attention.name)
     read, *caches = attend.outputs
     for cache, old in zip(caches, (key_out, value_out), strict=True):
         cache.shape, cache.type = old.shape, old.type

@@ -2,12 +2,14 @@
 
     x, W [N,K] -> Transpose -> MatMul
 becomes
-    x, W as integers [N,K], a scale for every 32 of a row -> MatMulNBits
+    x, W as integers [N,K], a scale and a zero for every 32 of a row -> MatMulNBits
 
 The numbers are those of ONNX Runtime's own quantiser, and MatMulNBits is its operator, so the file needs ONNX Runtime.
-Embeddings stay as they are: only the rows of a step's tokens are read of them.
+The product that makes the logits never has less than 8 bits: its errors reach the tokens directly. Embeddings stay as
+they are: only the rows of a step's tokens are read of them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,9 +57,8 @@ def quantize(model: ir.Model, weights: str) -> Quantized:
         DefaultWeightOnlyQuantizer,
     )
 
-    bits = BITS[weights]
-    quantizer = DefaultWeightOnlyQuantizer(DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=True, bits=bits))
-    made: dict[str, tuple[ir.Value, ir.Value]] = {}  # by name: several products may use one matrix
+    made: dict[tuple[str, int], list[ir.Value]] = {}  # by name and bits: several products may use one matrix
+    last = _products_before(model.graph.outputs)
     products = done = before = after = 0
     squares = errors = 0.0
     for node in [node for node in model.graph if node.op_type == "MatMul"]:
@@ -69,16 +70,18 @@ def quantize(model: ir.Model, weights: str) -> Quantized:
             continue
         floats = matrix.depth_first
         depth, columns = floats.shape
-        if matrix.name not in made:
-            packed, scales, _ = quantizer.qbits_block_quant(floats)
-            names = f"{matrix.name}_{weights}", f"{matrix.name}_scale"
-            made[matrix.name] = _initializer(model, names[0], packed), _initializer(model, names[1], scales)
-            before, after = before + floats.nbytes, after + packed.nbytes + scales.nbytes
+        bits = 8 if node in last else BITS[weights]
+        if (matrix.name, bits) not in made:
+            config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=False, bits=bits)
+            parts = DefaultWeightOnlyQuantizer(config).qbits_block_quant(floats)
+            names = (f"{matrix.name}_{kind}{bits}" for kind in ("int", "scale", "zero"))
+            made[matrix.name, bits] = [_initializer(model, *pair) for pair in zip(names, parts, strict=True)]
+            before, after = before + floats.nbytes, after + sum(part.nbytes for part in parts)
             squares += float(np.square(floats).sum(dtype=np.float64))
-            difference = floats - _dequantized(packed, scales, bits)[:depth]
+            difference = floats - _dequantized(*parts, bits)[:depth]
             errors += float(np.square(difference).sum(dtype=np.float64))
         attributes = {"K": depth, "N": columns, "bits": bits, "block_size": BLOCK, "accuracy_level": INT8_ACTIVATIONS}
-        inputs = [node.inputs[0], *made[matrix.name]]
+        inputs = [node.inputs[0], *made[matrix.name, bits]]
         _replace(model, node, ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN, name=node.name))
         done += 1
     RemoveUnusedNodesPass()(model)
@@ -86,11 +89,34 @@ def quantize(model: ir.Model, weights: str) -> Quantized:
     return Quantized(products, done, before, after, (errors / squares) ** 0.5 if squares else 0.0)
 
 
-def _dequantized(packed: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
-    """[K,N] of packed [N,K/BLOCK,BLOCK*bits/8], whose zero is in the middle of the range."""
-    whole = packed if bits == 8 else np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:2], BLOCK)
-    values = (whole.astype(np.float32) - (1 << (bits - 1))) * scales.reshape(*packed.shape[:2], 1)
-    return values.reshape(len(packed), -1).T
+def _products_before(values: Sequence[ir.Value]) -> set[ir.Node]:
+    """The products with a constant matrix that make the first of the values (the logits), with no other in between."""
+    found, seen, waiting = set(), set(), [values[0]]
+    while waiting:
+        node = waiting.pop().producer()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.op_type == "MatMul" and _constant_matrix(node.inputs[1]):
+            found.add(node)
+        else:
+            waiting += [value for value in node.inputs if value is not None]
+    return found
+
+
+def _dequantized(packed: np.ndarray, scales: np.ndarray, zeros: np.ndarray, bits: int) -> np.ndarray:
+    """[K,N] of packed [N,K/BLOCK,BLOCK*bits/8]; the zeros of a row are packed alike."""
+    columns, blocks = packed.shape[:2]
+    zero = _unpacked(zeros, bits)[:, :blocks, None]
+    values = (_unpacked(packed, bits) - zero) * scales.reshape(columns, blocks, 1)
+    return values.reshape(columns, -1).T
+
+
+def _unpacked(values: np.ndarray, bits: int) -> np.ndarray:
+    """Along the last axis, as float32."""
+    if bits == 4:
+        values = np.stack([values & 15, values >> 4], -1).reshape(*values.shape[:-1], -1)
+    return values.astype(np.float32)
 
 
 def _constant_matrix(value: ir.Value | None) -> _Matrix | None:
