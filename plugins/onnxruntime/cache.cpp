@@ -64,7 +64,7 @@ void compact(Context const& context, Plan const& plan, int64_t batches, int64_t 
                            move(rows, plan.keep[b], plan.length[b], value + first * valueRow, valueRow);
         if (!moved) fine = false;
     });
-    if (!fine) throw std::runtime_error("the plan is not ascending, or keeps rows that are not held");
+    if (!fine) throw std::runtime_error("the plan moves a row backwards, or keeps rows that are not held");
 }
 
 } // namespace keysieve

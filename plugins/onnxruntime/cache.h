@@ -32,7 +32,7 @@ Plan readPlan(Context const& context, size_t place, int64_t layer, int64_t batch
 // to it, else copied there.
 char* inPlace(Context const& context, size_t place, Tensor const& cache, size_t item);
 
-// Move the planned rows of both caches to the front. Raises std::runtime_error for a plan that is not ascending.
+// Move the planned rows of both caches to the front. Raises std::runtime_error for a plan that moves a row backwards, or keeps rows that are not held.
 void compact(Context const& context, Plan const& plan, int64_t batches, int64_t heads, int64_t capacity, char* key,
              size_t keyRow, char* value, size_t valueRow);
 

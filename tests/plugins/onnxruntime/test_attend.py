@@ -238,3 +238,21 @@ def test_half_precision_is_rounded_as_everywhere(instructions):
             runner.run_with_iobinding(binding)
             found = cache.view(numpy_type).astype(np.float32)[0, 0]
             assert np.array_equal(found, wanted[0, start : start + 2048, 0])
+
+
+def test_a_plan_that_cannot_be_is_refused() -> None:
+    good = inputs([(60, 20)], 1, 2, 2, 32, 32, 80)
+    del good["sinks"]
+    runner = session("float32", True, False, 0, 0.0)
+    runner.run(None, good)
+    plan = good["plan"].copy()
+    plan[1, 0, 0, :3] = [5, 0, 6]
+    for change, message in (
+        ({"plan": plan}, "the plan moves a row backwards, or keeps rows that are not held"),
+        ({"length": np.array([80], np.int32), "keep": np.array([-1], np.int32)}, "the capacity is 80"),
+        ({"keep": np.array([61], np.int32)}, "holds 60 rows, keeps 61"),
+        ({"plan": good["plan"][..., :70]}, "plan is \\[2,1,2,70\\], not \\[-1,1,-1,80\\]"),
+        ({"key_new": good["key_new"][..., :16]}, "key_new is \\[1,1,2,16\\], not \\[1,1,2,32\\]"),
+    ):
+        with pytest.raises(Exception, match=f"KeySieveAttend: .*{message}"):
+            runner.run(None, {**good, **change})

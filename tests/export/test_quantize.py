@@ -1,0 +1,77 @@
+"""Integer weights: what is replaced, how close the product stays, and that ONNX Runtime computes what the file says."""
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from keysieve.export.quantize import quantize
+
+DEPTH, WIDTH, COLUMNS = 64, 96, 40
+
+
+def model(seed: int = 0) -> ir.Model:
+    """x -> two products, of a transposed matrix and of one as it is -> logits; an embedding beside them."""
+    rng = np.random.default_rng(seed)
+    weights = {"first": (WIDTH, DEPTH), "head": (WIDTH, COLUMNS), "table": (10, DEPTH)}
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["x"]),
+        helper.make_node("Transpose", ["first"], ["first_t"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "first_t"], ["hidden"]),
+        helper.make_node("MatMul", ["hidden", "hidden_t"], ["square"]),
+        helper.make_node("Transpose", ["hidden"], ["hidden_t"], perm=[1, 0]),
+        helper.make_node("MatMul", ["square", "hidden"], ["mixed"]),
+        helper.make_node("MatMul", ["mixed", "head"], ["raw"]),
+        helper.make_node("Tanh", ["raw"], ["logits"]),
+    ]
+    nodes[3:5] = [nodes[4], nodes[3]]
+    graph = helper.make_graph(
+        nodes,
+        "two products",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, [None])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(rng.normal(size=s).astype(np.float32) / 8, n) for n, s in weights.items()],
+    )
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11))
+
+
+def run(model: ir.Model) -> np.ndarray:
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"ids": np.arange(10)})[0]
+
+
+@pytest.mark.parametrize(("weights", "bits", "error"), [("int8", (8, 8), 0.01), ("int4", (4, 8), 0.1)])
+def test_products_with_constants_become_integers(weights: str, bits: tuple[int, int], error: float) -> None:
+    changed = model()
+    before = run(changed)
+    found = quantize(changed, weights)
+    nodes = [node for node in changed.graph if node.op_type == "MatMulNBits"]
+    assert [(n.attributes["K"].value, n.attributes["N"].value) for n in nodes] == [(DEPTH, WIDTH), (WIDTH, COLUMNS)]
+    assert tuple(node.attributes["bits"].value for node in nodes) == bits  # the last product never has less than 8
+    assert sum(node.op_type == "MatMul" for node in changed.graph) == 2  # of two activations
+    assert (found.products, found.quantized) == (2, 2)
+    assert found.bytes_before == 4 * (DEPTH * WIDTH + WIDTH * COLUMNS)
+    assert found.bytes_after < found.bytes_before / (3 if weights == "int8" else 4)
+    assert 0 < found.error < error
+    after = run(changed)
+    assert 0 < np.abs(after - before).mean() < 5 * error * np.abs(before).mean()
+    assert {"first", "head"}.isdisjoint(changed.graph.initializers) and "table" in changed.graph.initializers
+
+
+def test_the_error_is_that_of_the_weights() -> None:
+    """Weights that lie on a grid of 4 bits lose nothing."""
+    exact = model()
+    grid = np.tile(np.arange(16, dtype=np.float32) - 7, 2) / 8
+    exact.graph.initializers["first"].const_value = ir.tensor(np.tile(grid, (WIDTH, DEPTH // 32)))
+    exact.graph.initializers["head"].const_value = ir.tensor(np.zeros((WIDTH, COLUMNS), np.float32))
+    assert quantize(exact, "int4").error < 1e-6
+
+
+def test_half_precision_products_stay() -> None:
+    half = model()
+    for name in ("first", "head"):
+        value = half.graph.initializers[name]
+        value.const_value = ir.tensor(value.const_value.numpy().astype(np.float16))
+    found = quantize(half, "int4")
+    assert (found.products, found.quantized, found.error) == (2, 0, 0.0)
