@@ -17,7 +17,7 @@ MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 STATISTICS = "stats.safetensors"
 STATE = "state.safetensors"
-FORMAT = 2
+FORMAT = 3
 REQUIRED = (
     "format",
     "keysieve",
@@ -30,7 +30,7 @@ REQUIRED = (
     "caches",
     "windows",
     "states",
-    "plan",
+    "plans",
     "vocab_size",
 )
 

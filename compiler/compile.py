@@ -17,7 +17,15 @@ from keysieve.compiler.bundle import MODEL, STATE, STATISTICS, new_folder, write
 from keysieve.compiler.config import CompileConfig, EvictionConfig
 from keysieve.compiler.inspect import Report, report_of
 from keysieve.compiler.model import identity, load_model, load_skeleton, load_tokenizer, round_weights
-from keysieve.compiler.pipeline import Matched, cache_layout, engine_graph, find, model_sizes, query_centres
+from keysieve.compiler.pipeline import (
+    Matched,
+    cache_layout,
+    engine_graph,
+    find,
+    model_sizes,
+    plan_shapes,
+    query_centres,
+)
 from keysieve.compiler.progress import Progress
 from keysieve.compiler.statistics import Statistics
 from keysieve.compiler.tensorrt import (
@@ -32,7 +40,7 @@ from keysieve.export.onnx import export_onnx
 from keysieve.export.tensorrt import LIBRARY
 from keysieve.passes.graph import Graph
 from keysieve.passes.policies.triattention import QueryCentres, common_form
-from keysieve.plugins.contract import NODES, plan_shape
+from keysieve.plugins.contract import NODES
 from keysieve.version import __version__
 
 
@@ -66,6 +74,7 @@ def compile(
     report = report_of(loaded, matched, config.eviction, config.dtype)
     matched.require_all()
     sizes, caches = model_sizes(matched), cache_layout(matched)
+    caches["plans"] = plan_shapes(matched, config.eviction.scope)
     model_identity = {**source, **sizes}
     statistics = _statistics(config, model_identity, matched, weights_known=not dry_run)
     if config.dump_graphs:
@@ -130,16 +139,16 @@ def _initial_state(config: CompileConfig, matched: Matched, statistics: Statisti
     policy = config.eviction.policy
     if policy.name != "triattention" or policy.centres != "online" or not matched.ropes:
         return {}
-    if statistics is None:
-        first, bands = matched.ropes[0].attention, common_form(matched.ropes).rotary_dim // 2
-        shape = (len(matched.ropes), first.query_heads)
-        centres = QueryCentres(np.zeros((*shape, first.head_dim)), np.zeros((*shape, bands)))
-    else:
-        centres = query_centres(statistics)
-    return {
-        name: array[:, None].astype(np.float32)
-        for name, array in (("centre", centres.mean), ("magnitude", centres.magnitude))
-    }
+    state = {}
+    for group in matched.groups:
+        if statistics is None:
+            shape = (len(group.matches), group.query_heads)
+            bands = common_form(group).rotary_dim // 2
+            centres = QueryCentres(np.zeros((*shape, group.head_dim)), np.zeros((*shape, bands)))
+        else:
+            centres = query_centres(statistics, group)
+        state[f"centre{group.suffix}"], state[f"magnitude{group.suffix}"] = centres.mean, centres.magnitude
+    return {name: array[:, None].astype(np.float32) for name, array in state.items()}
 
 
 def _metadata(config: CompileConfig, model: dict[str, str | int]) -> dict[str, str]:
@@ -184,7 +193,6 @@ def _manifest(
         "layers": [asdict(layer) for layer in report.layers],
         "nodes": report.nodes,
         **caches,
-        "plan": list(plan_shape(eviction.scope, sizes["layers"], None, sizes["kv_heads"], None)),
         "versions": {name: version(name) for name in ("torch", "transformers", "onnx", "onnxruntime")},
     }
 

@@ -121,12 +121,15 @@ class Graph:
         return node
 
     def constant(self, name: str, value: torch.Tensor) -> Node:
-        """Add a constant tensor of the engine, stored like a weight."""
+        """Add a constant tensor of the engine, stored like a weight; the name may be given again."""
         with self.fx.inserting_before(self.first_call()):
             node = self.fx.placeholder(name)
+        node.target = node.name  # which is unique
         node.meta["val"] = self.fake_mode.from_tensor(value, static_shapes=True)
         argument = TensorArgument(name=node.name)
-        self.specs[node] = InputSpec(kind=InputKind.BUFFER, arg=argument, target=f"keysieve_{name}", persistent=False)
+        self.specs[node] = InputSpec(
+            kind=InputKind.BUFFER, arg=argument, target=f"keysieve_{node.name}", persistent=False
+        )
         self.tensors[node] = value
         return node
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, export
@@ -11,6 +12,9 @@ import keysieve.plugins.torch_ops  # noqa: F401  (registers torch.ops.keysieve)
 from keysieve.compiler.pipeline import Matched, find
 from keysieve.compiler.progress import Progress
 from keysieve.passes.graph import Graph
+from keysieve.passes.group_layers import Group, group_layers
+from keysieve.passes.result import Attention, RopeAttention
+from keysieve.passes.rope_form import RopeForm
 from support.tiny_models import VOCABULARY, tiny_model
 
 Rope = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -70,6 +74,14 @@ def graph_of(module: nn.Module) -> Graph:
     shapes = {"input_ids": dynamic, "position_ids": dynamic}
     with torch.no_grad():
         return Graph(export(module.eval(), (tokens, positions), dynamic_shapes=shapes, strict=False))
+
+
+def groups_of(attentions: list[Attention]) -> list[Group]:
+    """Those that evict, by shape, as if none rotated: for passes that never ask how."""
+    plain = [RopeForm("nope", attention.head_dim, 0, np.zeros(0)) for attention in attentions]
+    nodes = [[attention.query] * 3 for attention in attentions]
+    matches = zip(attentions, nodes, plain, strict=True)
+    return group_layers([RopeAttention(found, *three, form) for found, three, form in matches if found.evicts])
 
 
 @torch.no_grad()
