@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from torch import nn
 
 from keysieve.passes.find_attention import find_attention
 from keysieve.passes.insert_cache import insert_cache
-from support.graphs import ToyDecoder, graph_of, groups_of, match, run
+from support.graphs import SideBySide, ToyDecoder, graph_of, groups_of, match, run
 from support.tiny_models import tiny_model
 
 BATCH, CAPACITY = 3, 20
@@ -143,19 +142,8 @@ def test_plan_input_has_the_shape_of_the_scope(scope, shape):
     assert (plan[0], plan[2]) == shape
 
 
-class Several(nn.Module):
-    """Layers of these numbers of KV heads, side by side."""
-
-    def __init__(self, *kv_heads):
-        super().__init__()
-        self.layers = nn.ModuleList(ToyDecoder(lambda q, k, p: (q, k), kv_heads=n) for n in kv_heads)
-
-    def forward(self, input_ids, position_ids):
-        return sum(layer(input_ids, position_ids) for layer in self.layers)
-
-
 def test_layers_of_one_shape_share_a_plan():
-    graph = graph_of(Several(2, 4, 2))
+    graph = graph_of(SideBySide(2, 4, 2))
     cache = with_cache(graph, "per_layer_per_head")
     shapes = {name: graph.shape(node) for name, node in graph.inputs.items() if name.startswith("plan")}
     assert {name: (shape[0], shape[2]) for name, shape in shapes.items()} == {"plan_0": (2, 2), "plan_1": (1, 4)}

@@ -11,8 +11,13 @@ from torch.export import Dim, export
 import keysieve.plugins.torch_ops  # noqa: F401  (registers torch.ops.keysieve)
 from keysieve.compiler.pipeline import Matched, find
 from keysieve.compiler.progress import Progress
+from keysieve.passes.find_attention import find_attention
+from keysieve.passes.gather_logits import gather_logits
 from keysieve.passes.graph import Graph
 from keysieve.passes.group_layers import Group, group_layers
+from keysieve.passes.insert_cache import insert_cache
+from keysieve.passes.insert_eviction import insert_eviction
+from keysieve.passes.policies.stateless import stateless
 from keysieve.passes.result import Attention, RopeAttention
 from keysieve.passes.rope_form import RopeForm
 from support.tiny_models import VOCABULARY, tiny_model
@@ -65,6 +70,28 @@ class ToyDecoder(nn.Module):
         sinks, mask = self.sinks, self.mask(input_ids, position_ids)
         result = torch.ops.keysieve.attention(query, key, value, sinks, mask, 0.5, window, chunk, softcap, 0)
         return self.out(result.transpose(1, 2).flatten(2))
+
+
+class SideBySide(nn.Module):
+    """A layer without rotation for each of these numbers of KV heads; their logits are added."""
+
+    def __init__(self, *kv_heads: int):
+        super().__init__()
+        self.layers = nn.ModuleList(ToyDecoder(lambda q, k, p: (q, k), kv_heads=heads) for heads in kv_heads)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return torch.stack([layer(input_ids, position_ids) for layer in self.layers]).sum(0)
+
+
+def evicting(module: nn.Module, policy: str, scope: str) -> Graph:
+    """The graph of a toy with cache and eviction, 2 sinks and 4 recent rows."""
+    graph = graph_of(module)
+    attentions = find_attention(graph).matches
+    gather_logits(graph)
+    groups = groups_of(attentions)
+    cache = insert_cache(graph, attentions, groups, scope)
+    insert_eviction(graph, cache, groups, [stateless(graph, policy)] * len(groups), scope, 2, 4)
+    return graph
 
 
 def graph_of(module: nn.Module) -> Graph:

@@ -7,12 +7,14 @@ transformers' auto classes, so that a saved folder is a MODEL like any other.
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from support.masked_reference import LayerRope
 from support.tiny_models import seeded, shape
 
 
@@ -44,16 +46,14 @@ class MixedHeadsConfig(LlamaConfig):
 
 
 class Rotation(nn.Module):
-    """Angles of the bands: positions [B,S] -> cos and sin [B,S,R/2]."""
-
-    attention_scaling = 1.0
+    """Positions [B,S] -> cos and sin of the angles of the bands [B,S,R/2]."""
 
     def __init__(self, rotary_dim: int):
         super().__init__()
         bands = torch.arange(rotary_dim // 2)
         self.register_buffer("inv_freq", 100.0 ** (-2 * bands / rotary_dim))
 
-    def forward(self, like: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         angles = position_ids[..., None].float() * self.inv_freq
         return angles.cos(), angles.sin()
 
@@ -85,7 +85,7 @@ class MixedAttention(nn.Module):
         query = self.q_proj(hidden_states).unflatten(-1, (heads.query, heads.dim)).transpose(1, 2)
         key = self.k_proj(hidden_states).unflatten(-1, (heads.kv, heads.dim)).transpose(1, 2)
         value = self.v_proj(hidden_states).unflatten(-1, (heads.kv, heads.value_dim)).transpose(1, 2)
-        cos, sin = (part[:, None] for part in self.rotation(value, position_ids))
+        cos, sin = (part[:, None] for part in self.rotation(position_ids))
         query, key = self.rotated(query, cos, sin), self.rotated(key, cos, sin)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         result, _ = attention(self, query, key, value, attention_mask, scaling=heads.dim**-0.5)
@@ -110,3 +110,20 @@ def mixed_heads(layers: tuple[Heads, ...] = LAYERS) -> MixedHeadsForCausalLM:
     """The model, with the same weights in every call."""
     heads = [asdict(layer) for layer in layers]
     return seeded(lambda: MixedHeadsForCausalLM(MixedHeadsConfig(**shape(num_hidden_layers=len(layers)), heads=heads)))
+
+
+def mixed_ropes(model: MixedHeadsForCausalLM) -> list[LayerRope]:
+    """The rotations as the masked reference takes them."""
+    return [_rope(layer.self_attn) for layer in model.model.layers]
+
+
+def _rope(attention: MixedAttention) -> LayerRope:
+    heads, frequency = attention.heads, attention.rotation.inv_freq.double().numpy()
+    bands = np.arange(len(frequency))
+    first, second = (2 * bands, 2 * bands + 1) if heads.interleaved else (bands, bands + len(bands))
+
+    def turns(count: int) -> np.ndarray:
+        cos, sin = attention.rotation(torch.arange(count)[None])
+        return (cos[0].double() + 1j * sin[0].double()).numpy()
+
+    return LayerRope(first, second, frequency, 1.0, heads.dim, turns)
