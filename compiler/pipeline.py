@@ -11,6 +11,7 @@ from keysieve.errors import MatchError
 from keysieve.passes.arrange_heads import arrange_heads
 from keysieve.passes.carry_states import State, carried_layers, carry_states
 from keysieve.passes.find_attention import find_attention
+from keysieve.passes.find_latents import find_latents
 from keysieve.passes.find_rope import find_rope
 from keysieve.passes.gather_logits import gather_logits
 from keysieve.passes.graph import Graph
@@ -45,7 +46,8 @@ class Matched:
 
     attentions: all that can be given a cache; ropes: those of them that evict; window_forms: the RoPE of the others by
     layer, where it is one that keysieve knows (nothing depends on it). carried: layers without attention whose state
-    the engine carries, by number, with their kinds.
+    the engine carries, by number, with their kinds. latents: widths of the latents from which layers expand their keys
+    and values, by layer.
     """
 
     graph: Graph
@@ -54,6 +56,7 @@ class Matched:
     misses: list[Miss]
     window_forms: dict[int, RopeForm] = field(default_factory=dict)
     carried: dict[int, str] = field(default_factory=dict)
+    latents: dict[int, int] = field(default_factory=dict)
 
     @property
     def windowed(self) -> list[Attention]:
@@ -115,7 +118,8 @@ def find(
         carried = carried_layers(graph, kinds)
         misses += [Miss(number, "-", _why_not(kind)) for number, kind in kinds.items() if number not in carried]
         forms = {rope.attention.layer: rope.form for rope in windowed.matches}
-        matched = Matched(graph, attentions.matches, ropes.matches, misses, forms, carried)
+        latents = find_latents(graph, attentions.matches)
+        matched = Matched(graph, attentions.matches, ropes.matches, misses, forms, carried, latents)
         stage.note(f"{matched.layers - len(misses)} of {matched.layers} layers")
     return matched
 
