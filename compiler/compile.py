@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from keysieve.compiler import statistics as statistics_file
 from keysieve.compiler.bundle import MODEL, STATE, STATISTICS, new_folder, write_manifest
+from keysieve.compiler.check_split import check_split
 from keysieve.compiler.config import CompileConfig, EvictionConfig
 from keysieve.compiler.inspect import Report, report_of
 from keysieve.compiler.model import identity, load_model, load_skeleton, load_tokenizer, round_weights
@@ -92,6 +93,8 @@ def compile(
         _dump(config.dump_graphs, "rewritten", graph)
     if dry_run:
         return replace(report, nodes=_node_counts(graph))
+    with progress.stage("check"):
+        check_split(graph, [attention.number for attention in matched.attentions])
     with new_folder(output) as folder:
         if kernels:
             write_library(kernels, config.tensorrt, folder / LIBRARY, progress)
