@@ -28,7 +28,7 @@ from keysieve.compiler.pipeline import (
     query_centres,
 )
 from keysieve.compiler.progress import Progress
-from keysieve.compiler.statistics import Statistics
+from keysieve.compiler.statistics import Identity, Statistics
 from keysieve.compiler.tensorrt import (
     check_tensorrt,
     kernel_configuration,
@@ -125,9 +125,7 @@ def _written_by_libraries(output: Path) -> Iterator[None]:
         raise BundleError(f"cannot write {output}: {error}; nothing was left behind") from error
 
 
-def _statistics(
-    config: CompileConfig, model: dict[str, str | int], matched: Matched, weights_known: bool
-) -> Statistics | None:
+def _statistics(config: CompileConfig, model: Identity, matched: Matched, weights_known: bool) -> Statistics | None:
     if config.stats is None:
         return None
     heads = [rope.attention.query_heads for rope in matched.ropes]
@@ -154,7 +152,7 @@ def _initial_state(config: CompileConfig, matched: Matched, statistics: Statisti
     return {name: array[:, None].astype(np.float32) for name, array in state.items()}
 
 
-def _metadata(config: CompileConfig, model: dict[str, str | int]) -> dict[str, str]:
+def _metadata(config: CompileConfig, model: Identity) -> dict[str, str]:
     return {
         "keysieve": __version__,
         "architecture": str(model["architecture"]),
@@ -175,7 +173,7 @@ def _manifest(
     model: Any,
     tokenizer: Any,
     config: CompileConfig,
-    model_identity: dict[str, str | int],
+    model_identity: Identity,
     sizes: dict[str, Any],
     caches: dict[str, Any],
     report: Report,

@@ -30,13 +30,14 @@ class Heads:
     interleaved: bool = False
 
 
-# Groups by shape: layers 0 and 3 (which differ in the value dim), 1, 2, and 4 (which differs from 0 in the rotary dim).
+# By shape: layers 0 and 3 (which differ in the value dim), 1, 2, 4 (unlike 0 in the rotary dim), and 5 (without RoPE).
 LAYERS = (
     Heads(4, 2, 16, 16, 16),
     Heads(6, 3, 8, 8, 8),
     Heads(2, 1, 24, 16, 8, interleaved=True),
     Heads(4, 2, 16, 8, 16),
     Heads(4, 2, 16, 16, 8),
+    Heads(2, 2, 8, 8, 0),
 )
 
 
@@ -72,6 +73,8 @@ class MixedAttention(nn.Module):
 
     def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x [B,H,S,D], cos and sin [B,1,S,R/2]."""
+        if not self.heads.rotary_dim:
+            return x
         turned, plain = x[..., : self.heads.rotary_dim], x[..., self.heads.rotary_dim :]
         a, b = (turned[..., 0::2], turned[..., 1::2]) if self.heads.interleaved else turned.chunk(2, -1)
         a, b = a * cos - b * sin, b * cos + a * sin
