@@ -81,9 +81,9 @@ def test_calibrated_centres(calibrated: Path, statistics: Path) -> None:
     check_evicting(engine, model, CALIBRATED, centres, mixed_ropes(model))
 
 
-def test_online_centres(folder: Path, tmp_path: Path) -> None:
-    compile(folder, tmp_path / "bundle", CompileConfig(ONLINE), QUIET)
-    model = mixed_heads()
+def test_online_centres(tmp_path: Path) -> None:
+    model = mixed_heads((LAYERS[0], LAYERS[2], LAYERS[5]))
+    compile(save_model(model, tmp_path / "model"), tmp_path / "bundle", CompileConfig(ONLINE), QUIET)
     check_evicting(load(tmp_path / "bundle", threads=1), model, ONLINE, None, mixed_ropes(model))
 
 
@@ -102,11 +102,11 @@ def test_what_the_bundle_says(calibrated: Path) -> None:
 
 
 def test_laguna_whose_layers_differ_in_query_heads(tmp_path: Path) -> None:
-    heads: dict = {"num_attention_heads_per_layer": [4, 8, 4], "mlp_layer_types": ["dense"] * 3}
-    model = seeded(family("Laguna", **HEADS_OF_16, **heads))
+    heads: dict = {"num_attention_heads_per_layer": [4, 8], "mlp_layer_types": ["dense"] * 2}
+    model = seeded(family("Laguna", **HEADS_OF_16, **heads, num_hidden_layers=2))
     eviction = replace(ONLINE, scope="union")
     compile(save_model(model, tmp_path / "model"), tmp_path / "bundle", CompileConfig(eviction), QUIET)
     engine = load(tmp_path / "bundle", threads=1)
-    assert engine.manifest["sizes"]["query_heads"] == [4, 8, 4] and engine.manifest["sizes"]["kv_heads"] == 2
+    assert engine.manifest["sizes"]["query_heads"] == [4, 8] and engine.manifest["sizes"]["kv_heads"] == 2
     check_dense(engine, model)
     check_evicting(engine, model, eviction)
