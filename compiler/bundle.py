@@ -33,7 +33,7 @@ REQUIRED = (
     "caches",
     "windows",
     "states",
-    "plan",
+    "plans",
     "vocab_size",
 )
 

@@ -23,7 +23,7 @@ from keysieve.compiler.layerwise import LayerByLayer
 from keysieve.compiler.model import identity, load_model, load_skeleton, load_tokenizer
 from keysieve.compiler.pipeline import Matched, find, model_sizes, tap_graph
 from keysieve.compiler.progress import Progress
-from keysieve.compiler.statistics import LayerStatistics, QueryMoments, Statistics
+from keysieve.compiler.statistics import Identity, LayerStatistics, QueryMoments, Statistics
 from keysieve.compiler.statistics_report import statistics_report
 from keysieve.compiler.text import FIELD, Rows, count_tokens, text_sha256, text_source, token_chunks
 from keysieve.compiler.weights import Checkpoint, too_large
@@ -314,7 +314,7 @@ def run_graph(graph: Graph, input_ids: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _resume(
-    output: Path, model: dict[str, str | int], matched: Matched, text_hash: str, max_tokens: int, chunk: int
+    output: Path, model: Identity, matched: Matched, text_hash: str, max_tokens: int, chunk: int
 ) -> Statistics | None:
     """What an earlier, interrupted or shorter run left in `output`."""
     if not output.exists():

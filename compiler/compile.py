@@ -14,12 +14,21 @@ from safetensors.numpy import save_file
 
 from keysieve.compiler import statistics as statistics_file
 from keysieve.compiler.bundle import MODEL, NATIVE_MODEL, STATE, STATISTICS, new_folder, write_manifest
+from keysieve.compiler.check_split import check_split
 from keysieve.compiler.config import CompileConfig, EvictionConfig
 from keysieve.compiler.inspect import Report, report_of
 from keysieve.compiler.model import identity, load_model, load_skeleton, load_tokenizer, round_weights
-from keysieve.compiler.pipeline import Matched, cache_layout, engine_graph, find, model_sizes, query_centres
+from keysieve.compiler.pipeline import (
+    Matched,
+    cache_layout,
+    engine_graph,
+    find,
+    model_sizes,
+    plan_shapes,
+    query_centres,
+)
 from keysieve.compiler.progress import Progress
-from keysieve.compiler.statistics import Statistics
+from keysieve.compiler.statistics import Identity, Statistics
 from keysieve.compiler.tensorrt import (
     check_tensorrt,
     kernel_configuration,
@@ -34,7 +43,7 @@ from keysieve.export.tensorrt import LIBRARY
 from keysieve.passes.graph import Graph
 from keysieve.passes.mask_span import Span
 from keysieve.passes.policies.triattention import QueryCentres, common_form
-from keysieve.plugins.contract import NODES, plan_shape
+from keysieve.plugins.contract import NODES
 from keysieve.version import __version__
 
 
@@ -68,6 +77,7 @@ def compile(
     report = report_of(loaded, matched, config.eviction, config.cache_dtype)
     matched.require_all()
     sizes, caches = model_sizes(matched), cache_layout(matched)
+    caches["plans"] = plan_shapes(matched, config.eviction.scope)
     model_identity = {**source, **sizes}
     statistics = _statistics(config, model_identity, matched, weights_known=not dry_run)
     if config.dump_graphs:
@@ -85,6 +95,8 @@ def compile(
         _dump(config.dump_graphs, "rewritten", graph)
     if dry_run:
         return replace(report, nodes=_node_counts(graph))
+    with progress.stage("check"):
+        check_split(graph, [attention.number for attention in matched.attentions])
     with new_folder(output) as folder:
         if kernels:
             write_library(kernels, config.tensorrt, folder / LIBRARY, progress)
@@ -121,9 +133,7 @@ def _written_by_libraries(output: Path) -> Iterator[None]:
         raise BundleError(f"cannot write {output}: {error}; nothing was left behind") from error
 
 
-def _statistics(
-    config: CompileConfig, model: dict[str, str | int], matched: Matched, weights_known: bool
-) -> Statistics | None:
+def _statistics(config: CompileConfig, model: Identity, matched: Matched, weights_known: bool) -> Statistics | None:
     if config.stats is None:
         return None
     heads = [rope.attention.query_heads for rope in matched.ropes]
@@ -138,19 +148,19 @@ def _initial_state(config: CompileConfig, matched: Matched, statistics: Statisti
     policy = config.eviction.policy
     if policy.name != "triattention" or policy.centres != "online" or not matched.ropes:
         return {}
-    if statistics is None:
-        first, bands = matched.ropes[0].attention, common_form(matched.ropes).rotary_dim // 2
-        shape = (len(matched.ropes), first.query_heads)
-        centres = QueryCentres(np.zeros((*shape, first.head_dim)), np.zeros((*shape, bands)))
-    else:
-        centres = query_centres(statistics)
-    return {
-        name: array[:, None].astype(np.float32)
-        for name, array in (("centre", centres.mean), ("magnitude", centres.magnitude))
-    }
+    state = {}
+    for group in matched.groups:
+        if statistics is None:
+            shape = (len(group.matches), group.query_heads)
+            bands = common_form(group).rotary_dim // 2
+            centres = QueryCentres(np.zeros((*shape, group.head_dim)), np.zeros((*shape, bands)))
+        else:
+            centres = query_centres(statistics, group)
+        state[f"centre{group.suffix}"], state[f"magnitude{group.suffix}"] = centres.mean, centres.magnitude
+    return {name: array[:, None].astype(np.float32) for name, array in state.items()}
 
 
-def _metadata(config: CompileConfig, model: dict[str, str | int]) -> dict[str, str]:
+def _metadata(config: CompileConfig, model: Identity) -> dict[str, str]:
     return {
         "keysieve": __version__,
         "architecture": str(model["architecture"]),
@@ -171,7 +181,7 @@ def _manifest(
     model: Any,
     tokenizer: Any,
     config: CompileConfig,
-    model_identity: dict[str, str | int],
+    model_identity: Identity,
     sizes: dict[str, Any],
     caches: dict[str, Any],
     report: Report,
@@ -194,7 +204,6 @@ def _manifest(
         "layers": [asdict(layer) for layer in report.layers],
         "nodes": report.nodes,
         **caches,
-        "plan": list(plan_shape(eviction.scope, sizes["layers"], None, sizes["kv_heads"], None)),
         "versions": {name: version(name) for name in ("torch", "transformers", "onnx", "onnxruntime")},
     }
 

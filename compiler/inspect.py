@@ -22,7 +22,9 @@ class LayerReport:
     """One layer: kind "full", "sliding", "chunked", "linear", "conv" or "unsupported", and why it did not match.
 
     window: tokens that a token of a sliding or chunked layer sees at most, 0 where it sees all. rope_form: None where
-    it is not known, which matters for layers that evict alone.
+    it is not known, which matters for layers that evict alone. The heads of layers that evict: query_heads, kv_heads
+    and head_dim, 0 for others. latent: numbers of a token's latent where keys and values are expanded from one, as the
+    cache holds them (MLA), 0 where they are not.
     """
 
     layer: int
@@ -32,6 +34,10 @@ class LayerReport:
     reason: str | None
     node: str
     window: int = 0
+    query_heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    latent: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,15 +86,19 @@ def report_of(model: "PreTrainedModel", matched: Matched, eviction: EvictionConf
     """The report on a captured model."""
     rotary = matched.rotary
     reason = None if rotary else "no layer of the model has a rotary embedding"
-    layers = [
-        LayerReport(rope.attention.number, "full", str(rope.form), rotary, reason, rope.attention.node.name)
-        for rope in matched.ropes
-    ]
+    layers = []
+    for rope in matched.ropes:
+        found, latent = rope.attention, matched.latents.get(rope.attention.layer, 0)
+        heads = found.query_heads, found.kv_heads, found.head_dim
+        layers.append(
+            LayerReport(found.number, "full", str(rope.form), rotary, reason, found.node.name, 0, *heads, latent)
+        )
     for attention in matched.windowed:
         kind, size = ("sliding", attention.window) if attention.window else ("chunked", attention.chunk)
         known = matched.window_forms.get(attention.layer)
         form = None if known is None else str(known)
-        layers.append(LayerReport(attention.number, kind, form, True, None, attention.node.name, size))
+        latent = matched.latents.get(attention.layer, 0)
+        layers.append(LayerReport(attention.number, kind, form, True, None, attention.node.name, size, latent=latent))
     for number, kind in matched.carried.items():
         layers.append(LayerReport(number, kind.removesuffix("_attention"), None, True, None, "-"))
     for miss in matched.misses:

@@ -12,9 +12,11 @@ from keysieve.errors import MatchError
 from keysieve.passes.arrange_heads import arrange_heads
 from keysieve.passes.carry_states import State, carried_layers, carry_states
 from keysieve.passes.find_attention import find_attention
+from keysieve.passes.find_latents import find_latents
 from keysieve.passes.find_rope import find_rope
 from keysieve.passes.gather_logits import gather_logits
 from keysieve.passes.graph import Graph
+from keysieve.passes.group_layers import Group, group_layers
 from keysieve.passes.insert_cache import group_windows, insert_cache
 from keysieve.passes.insert_eviction import insert_eviction
 from keysieve.passes.lower_attention import lower_attention
@@ -22,11 +24,18 @@ from keysieve.passes.lower_complex import lower_complex
 from keysieve.passes.lower_fills import lower_fills
 from keysieve.passes.lower_positions import lower_positions
 from keysieve.passes.policies.stateless import stateless
-from keysieve.passes.policies.triattention import QueryCentres, TriAttention, triattention
+from keysieve.passes.policies.triattention import (
+    QueryCentres,
+    TriAttention,
+    check_rotation,
+    common_form,
+    triattention,
+)
 from keysieve.passes.result import Attention, Miss, RopeAttention
 from keysieve.passes.rope_form import RopeForm
 from keysieve.passes.rope_forms import lower_rope
 from keysieve.passes.tap_prerope import tap_only
+from keysieve.plugins.contract import plan_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,7 +47,8 @@ class Matched:
 
     attentions: all that can be given a cache; ropes: those of them that evict; window_forms: the RoPE of the others by
     layer, where it is one that keysieve knows (nothing depends on it). carried: layers without attention whose state
-    the engine carries, by number, with their kinds.
+    the engine carries, by number, with their kinds. latents: widths of the latents from which layers expand their keys
+    and values, by layer.
     """
 
     graph: Graph
@@ -47,11 +57,17 @@ class Matched:
     misses: list[Miss]
     window_forms: dict[int, RopeForm] = field(default_factory=dict)
     carried: dict[int, str] = field(default_factory=dict)
+    latents: dict[int, int] = field(default_factory=dict)
 
     @property
     def windowed(self) -> list[Attention]:
         """The attentions that hold a window of the text and evict nothing."""
         return [attention for attention in self.attentions if not attention.evicts]
+
+    @property
+    def groups(self) -> list[Group]:
+        """The layers that evict, by shape."""
+        return group_layers(self.ropes)
 
     @property
     def layers(self) -> int:
@@ -103,7 +119,8 @@ def find(
         carried = carried_layers(graph, kinds)
         misses += [Miss(number, "-", _why_not(kind)) for number, kind in kinds.items() if number not in carried]
         forms = {rope.attention.layer: rope.form for rope in windowed.matches}
-        matched = Matched(graph, attentions.matches, ropes.matches, misses, forms, carried)
+        latents = find_latents(graph, attentions.matches)
+        matched = Matched(graph, attentions.matches, ropes.matches, misses, forms, carried, latents)
         stage.note(f"{matched.layers - len(misses)} of {matched.layers} layers")
     return matched
 
@@ -142,48 +159,59 @@ def engine_graph(
     graph, policy = matched.graph, eviction.policy
     gather_logits(graph)
     attentions, ropes = arrange_heads(graph, matched.attentions, ropes)
-    cache = insert_cache(graph, attentions, eviction.scope, TORCH_DTYPES[kv_dtype] if kv_dtype else None)
+    groups = group_layers(ropes)
+    cache = insert_cache(graph, attentions, groups, eviction.scope, TORCH_DTYPES[kv_dtype] if kv_dtype else None)
     states = carry_states(graph, cache.count)
     if not ropes:
         return graph, states
     if policy.name == "triattention":
         options = TriAttention(policy.offsets, policy.aggregation, policy.trig, policy.norm)
-        centres = None if policy.centres == "online" else query_centres(statistics)
-        inputs = triattention(graph, cache, ropes, options, centres)
+        check_rotation(ropes)
+        online = policy.centres == "online"
+        inputs = [
+            triattention(graph, cache, group, options, None if online else query_centres(statistics, group))
+            for group in groups
+        ]
     else:
-        inputs = stateless(graph, policy.name)
-    evicting = [rope.attention for rope in ropes]
-    insert_eviction(graph, cache, evicting, inputs, eviction.scope, eviction.sinks, eviction.recent)
+        inputs = [stateless(graph, policy.name)] * len(groups)
+    insert_eviction(graph, cache, groups, inputs, eviction.scope, eviction.sinks, eviction.recent)
     return graph, states
 
 
-def query_centres(statistics: Statistics | None) -> QueryCentres:
-    """Centres of all layers stacked: mean [L,Hq,D], magnitude [L,Hq,R/2] (zeros for layers without RoPE)."""
+def query_centres(statistics: Statistics | None, group: Group) -> QueryCentres:
+    """Centres of a group's layers stacked: mean [L,Hq,D], magnitude [L,Hq,R/2] (zeros for layers without RoPE)."""
     import numpy as np
 
     if statistics is None:
         raise MatchError("calibrated centres need statistics; pass them, or choose online centres")
-    bands = max(layer.rope.rotary_dim // 2 for layer in statistics.layers)
-    mean = np.stack([layer.q_mean for layer in statistics.layers])
-    magnitude = np.zeros((*mean.shape[:2], bands))
-    for index, layer in enumerate(statistics.layers):
+    by_layer = {entry.layer: entry for entry in statistics.layers}
+    layers = [by_layer[match.attention.layer] for match in group.matches]
+    mean = np.stack([layer.q_mean for layer in layers])
+    magnitude = np.zeros((*mean.shape[:2], common_form(group).rotary_dim // 2))
+    for index, layer in enumerate(layers):
         magnitude[index, :, : layer.q_abs.shape[1]] = layer.q_abs
     return QueryCentres(mean, magnitude)
 
 
 def model_sizes(matched: Matched) -> dict[str, Any]:
-    """How many layers evict, and the head counts and sizes that they share."""
-    first = next((rope.attention for rope in matched.ropes), matched.attentions[0])
+    """How many layers evict, and their head counts and sizes: a number that all share, or a list of one a layer."""
+    evicting = [rope.attention for rope in matched.ropes] or matched.attentions[:1]
+    sizes: dict[str, Any] = {"layers": len(matched.ropes)}
+    for name in ("query_heads", "kv_heads", "head_dim", "value_dim"):
+        found = [getattr(attention, name) for attention in evicting]
+        sizes[name] = found[0] if len(set(found)) == 1 else found
+    return sizes
+
+
+def plan_shapes(matched: Matched, scope: str) -> dict[str, list[int | None]]:
+    """The shape of each plan by name, [Lp, None, Hp, None]: batch and capacity are the session's."""
     return {
-        "layers": len(matched.ropes),
-        "query_heads": first.query_heads,
-        "kv_heads": first.kv_heads,
-        "head_dim": first.head_dim,
-        "value_dim": first.value_dim,
+        f"plan{group.suffix}": list(plan_shape(scope, len(group.matches), None, group.kv_heads, None))
+        for group in matched.groups
     }
 
 
-def cache_layout(matched: Matched) -> dict[str, list[dict[str, Any]]]:
+def cache_layout(matched: Matched) -> dict[str, Any]:
     """What a session allocates: "caches", one entry a layer, and the "windows" that some of them refer to."""
     windows = group_windows(matched.attentions)
     window_of = {layer: index for index, window in enumerate(windows) for layer in window.layers}

@@ -88,9 +88,9 @@ class Session:
             start[state["name"]] = np.zeros((batch, *state["shape"]), np.float32)
         self.evicts = sizes["layers"] > 0  # else all layers have windows
         if self.evicts:
-            plan_shape = [batch if size is None else size for size in manifest["plan"]]
             start["length"] = np.zeros(batch, np.int32)
-            start["plan"] = np.zeros([*plan_shape[:-1], capacity], np.int32)
+            for name, (layers, _, heads, _) in manifest["plans"].items():
+                start[name] = np.zeros((layers, batch, heads, capacity), np.int32)
             start["keep"] = np.full(batch, -1, np.int32)
         for name, value in (initial or {}).items():  # [L, 1, ...] -> [L, B, ...]
             start[name] = np.ascontiguousarray(np.repeat(value.astype(np.float32), batch, axis=1))

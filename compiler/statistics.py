@@ -25,6 +25,8 @@ FORMAT = "keysieve-statistics"
 VERSION = "1"
 MEAN_EXCESS = 1e-4  # |E q_f| may exceed E|q_f| by this share: rounding of files that were summed in float32
 OFFICIAL_STYLES = {"half_split": "half", "interleaved": "interleaved"}
+Identity = Mapping[str, str | int | list[int]]
+"""What tells a model from others: names, hashes and sizes."""
 RECALIBRATE = "calibrate again with `keysieve calibrate MODEL -o FILE`"
 
 
@@ -86,7 +88,8 @@ class Statistics:
 
     layers: one entry per attention layer, in model order. tokens: how many were summed so far, out of
     tokens_planned, in sequences of `chunk` tokens. text_sha256: hash of the calibration text. model: identity
-    of the model, at least architecture, config_sha256, weights_sha256, layers, query_heads, kv_heads and head_dim.
+    of the model, at least architecture, config_sha256, weights_sha256, layers, query_heads, kv_heads and head_dim (the
+    last three are lists of one number a layer where layers differ).
     first_half: the layers over the first first_tokens tokens alone, about half of the text; empty where they are not
     known (a run still in the first half, a text of one chunk, or a file from before they were kept).
     """
@@ -95,7 +98,7 @@ class Statistics:
     tokens: int
     tokens_planned: int
     text_sha256: str
-    model: dict[str, str | int] = field(default_factory=dict)
+    model: Identity = field(default_factory=dict)
     chunk: int = 0
     first_half: list[LayerStatistics] = field(default_factory=list)
     first_tokens: int = 0
@@ -223,7 +226,7 @@ def load(path: str | Path) -> Statistics:
 
 def check_matches(
     statistics: Statistics,
-    model_identity: Mapping[str, str | int],
+    model_identity: Identity,
     ropes: list[RopeForm],
     unknown: Collection[str] = (),
 ) -> None:
@@ -281,7 +284,7 @@ def save_official(statistics: Statistics, path: str | Path) -> None:
 
 def load_official(
     path: str | Path,
-    model_identity: Mapping[str, str | int],
+    model_identity: Identity,
     ropes: list[RopeForm],
     query_heads: list[int],
     layers: Sequence[int] | None = None,
@@ -318,7 +321,7 @@ def load_official(
 
 def read(
     path: str | Path,
-    model_identity: Mapping[str, str | int],
+    model_identity: Identity,
     ropes: list[RopeForm],
     query_heads: list[int],
     unknown: Collection[str] = (),

@@ -75,6 +75,11 @@ def kernel_configuration(graph: Graph, dtype: str) -> KernelConfiguration:
             "the model has layers of linear attention or state space, for which the plugin library has no kernel; "
             "compile it for --target onnxruntime"
         )
+    if len(scores) > 1:
+        raise ConfigError(
+            f"layers that evict have {len(scores)} shapes (query heads, KV heads, head dim, rotary dim); the plugin "
+            "library has kernels for one; compile it for --target onnxruntime"
+        )
     (score,), (select,), update = scores, selects, updates[0]
     shapes = {str([graph.shape(node.args[place])[axis] for place in (5, 6) for axis in (1, 3)]) for node in updates}  # type: ignore[arg-type]
     if len(shapes) > 1:

@@ -16,7 +16,7 @@ from keysieve.errors import ExportError
 from keysieve.export.quantize import Quantized, quantize
 from keysieve.export.translate import translate
 from keysieve.passes.graph import Graph
-from keysieve.plugins.contract import DOMAIN, LINEAR_ATTENTION, NAMESPACE, NODES, SCORE, SELECT, UPDATE, PluginNode
+from keysieve.plugins.contract import DOMAIN, LINEAR_ATTENTION, NAMESPACE, SCORE, SELECT, UPDATE, PluginNode
 from keysieve.plugins.onnx.functions import linear_attention_function, score_function, select_function, update_function
 
 TENSOR_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(int32)", "tensor(int64)"]
@@ -34,10 +34,9 @@ def export_onnx(
     """
     functions = _functions(graph)
     program = graph.program()
-    scored = [score.args[5] for score in graph.calls(torch.ops.keysieve.score.default)]
-    layers = sum(len(keys) for keys in scored)  # type: ignore[arg-type,misc]
-    model = translate(program, list(graph.inputs), list(graph.outputs), _translations(layers, inline))
+    model = translate(program, list(graph.inputs), list(graph.outputs), _translations(inline))
     _simplify(model)
+    _choose_overloads(model)
     _name_dimensions(model, {str(size.node.expr): name for name, size in graph.symbols.items()})
     model.metadata_props.update(metadata)
     model.producer_name = "keysieve"
@@ -62,26 +61,41 @@ def _functions(graph: Graph) -> list[FunctionProto]:
     ops = torch.ops.keysieve
     functions = [update_function()] if graph.calls(ops.update.default) else []
     functions += [linear_attention_function()] if graph.calls(ops.linear_attention.default) else []
-    if not graph.calls(ops.score.default):
-        return functions
-    score, select = graph.calls(ops.score.default)[0], graph.calls(ops.select.default)[0]
-    centre, keys = score.args[3], score.args[5]
-    policy, query_heads, rotary_dim, interleaved = score.args[6:]
-    scope, kv_heads, sinks, recent = select.args[5:]
-    layers = len(keys)  # type: ignore[arg-type]
-    rows = int(graph.shape(centre)[3])  # type: ignore[arg-type]
-    return [
-        *functions,
-        score_function(layers, query_heads, kv_heads, policy, rotary_dim, bool(interleaved), rows),  # type: ignore[arg-type]
-        select_function(layers, kv_heads, scope, sinks, recent),  # type: ignore[arg-type]
-    ]
+    scores, selects = graph.calls(ops.score.default), graph.calls(ops.select.default)
+    for index, (score, select) in enumerate(zip(scores, selects, strict=True)):
+        centre, keys = score.args[3], score.args[5]
+        policy, query_heads, rotary_dim, interleaved = score.args[6:]
+        scope, kv_heads, sinks, recent = select.args[5:]
+        layers = len(keys)  # type: ignore[arg-type]
+        rows = int(graph.shape(centre)[3])  # type: ignore[arg-type]
+        made = [
+            score_function(layers, query_heads, kv_heads, policy, rotary_dim, bool(interleaved), rows),  # type: ignore[arg-type]
+            select_function(layers, kv_heads, scope, sinks, recent),  # type: ignore[arg-type]
+        ]
+        for function in made:
+            function.overload = _overload(index, len(scores))
+        functions += made
+    return functions
+
+
+def _overload(index: int, nodes: int) -> str:
+    """Which function of its name belongs to the index-th of so many nodes: "" where there is only one."""
+    return str(index) if nodes > 1 else ""
+
+
+def _choose_overloads(model: ir.Model) -> None:
+    """Each score and select node gets the function of its own layers: they stand in the order of the groups."""
+    for name in (SCORE.name, SELECT.name):
+        nodes = [node for node in model.graph if node.op_type == name]
+        for index, node in enumerate(nodes):
+            node.overload = _overload(index, len(nodes))
 
 
 # -- translation -----------------------------------------------------------------------------------------------------
 
 
-def _translations(layers: int, inline: bool) -> dict[Callable[..., Any], Callable[..., Any]]:
-    update, score, select, linear_attention = (_plugin_op(node, layers) for node in (*NODES, LINEAR_ATTENTION))
+def _translations(inline: bool) -> dict[Callable[..., Any], Callable[..., Any]]:
+    update, select, linear_attention = (_plugin_op(node) for node in (UPDATE, SELECT, LINEAR_ATTENTION))
     common = {"plugin_namespace": NAMESPACE}
 
     def attend(query: Any, key: Any, value: Any, mask: Any, scale: float) -> Any:
@@ -117,7 +131,7 @@ def _translations(layers: int, inline: bool) -> dict[Callable[..., Any], Callabl
         rotary_dim: int,
         interleaved: int,
     ) -> Any:
-        return score(
+        return _plugin_op(SCORE, len(keys))(
             length, limit, position, centre, weight, *keys,
             policy=policy, query_heads=query_heads, rotary_dim=rotary_dim, interleaved=interleaved,
             plugin_version=SCORE.version, **common,
@@ -175,10 +189,10 @@ def _mixture_of_experts() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {library.grouped_mm_fallback.default: grouped_matmul} if hasattr(library, "grouped_mm_fallback") else {}
 
 
-def _plugin_op(node: PluginNode, layers: int) -> values.Op:
+def _plugin_op(node: PluginNode, layers: int = 0) -> values.Op:
     """The node as an operator onnxscript can call, from its description in the contract.
 
-    onnxscript takes a variadic last input for a repetition of all inputs, so it is written out for this model's layers.
+    onnxscript takes a variadic last input for a repetition of all inputs, so it is written out for so many layers.
     """
     schema = onnx.defs.OpSchema
     names = [[f"{p.name}_{layer}" for layer in range(layers)] if p.variadic else [p.name] for p in node.inputs]

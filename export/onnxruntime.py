@@ -35,6 +35,8 @@ def export_for_onnxruntime(model: Path, output: Path, windows: Mapping[int, Span
         span = windows.get(layer, Span())
         if not span.chunk:
             fused += _fuse_attention(graph, node, span.window)
+    for node in graph:
+        node.overload = ""  # the library's ops serve every shape
     _divide(graph)
     common.RemoveUnusedNodesPass()(graph_model)
     common.RemoveUnusedFunctionsPass()(graph_model)

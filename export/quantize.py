@@ -73,12 +73,12 @@ def quantize(model: ir.Model, weights: str) -> Quantized:
         bits = 8 if node in last else BITS[weights]
         if (matrix.name, bits) not in made:
             config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=False, bits=bits)
-            parts = DefaultWeightOnlyQuantizer(config).qbits_block_quant(floats)
+            packed, scales, zeros = parts = DefaultWeightOnlyQuantizer(config).qbits_block_quant(floats)
             names = (f"{matrix.name}_{kind}{bits}" for kind in ("int", "scale", "zero"))
             made[matrix.name, bits] = [_initializer(model, *pair) for pair in zip(names, parts, strict=True)]
             before, after = before + floats.nbytes, after + sum(part.nbytes for part in parts)
             squares += float(np.square(floats).sum(dtype=np.float64))
-            difference = floats - _dequantized(*parts, bits)[:depth]
+            difference = floats - _dequantized(packed, scales, zeros, bits)[:depth]
             errors += float(np.square(difference).sum(dtype=np.float64))
         attributes = {"K": depth, "N": columns, "bits": bits, "block_size": BLOCK, "accuracy_level": INT8_ACTIVATIONS}
         inputs = [node.inputs[0], *made[matrix.name, bits]]

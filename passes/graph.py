@@ -1,6 +1,6 @@
 """The captured graph as passes see it: nodes, the tensors behind its placeholders, and a few verbs to edit it."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,15 +87,30 @@ class Graph:
 
     def evaluate(self, output: Node, given: Mapping[Node, torch.Tensor]) -> torch.Tensor:
         """Run the subgraph that leads to `output` in float64, with the given nodes replaced by real tensors."""
+        return self.evaluate_all([output], given, torch.float64)[0]
+
+    def evaluate_all(
+        self, outputs: Sequence[Node], given: Mapping[Node, torch.Tensor], dtype: torch.dtype
+    ) -> list[torch.Tensor]:
+        """The same for several outputs, in that dtype; what no later node needs is dropped, copies of weights too."""
+        nodes = [node for node in self.ancestors(outputs, stop=given) if node.op != "placeholder"]
         env: dict[Node, Any] = dict(given)
-        for node in self.ancestors([output], stop=given):
-            if node.op == "placeholder":
+        last_use = {used: node for node in nodes for used in node.all_input_nodes}
+
+        def value(node: Node) -> Any:
+            if node not in env and node in self.tensors:
                 tensor = self.tensors[node]
-                env[node] = tensor.double() if tensor.is_floating_point() else tensor
-            elif callable(node.target):
-                args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
-                env[node] = node.target(*_replace_dtypes(args, torch.float64), **_replace_dtypes(kwargs, torch.float64))
-        return env[output]
+                return tensor.to(dtype) if tensor.dtype in LOW_PRECISION else tensor
+            return env[node]
+
+        for node in nodes:
+            if callable(node.target):
+                args, kwargs = map_arg((node.args, node.kwargs), value)
+                env[node] = node.target(*_replace_dtypes(args, dtype), **_replace_dtypes(kwargs, dtype))
+            for used in node.all_input_nodes:
+                if last_use[used] is node and used not in outputs:
+                    env.pop(used, None)
+        return [value(output) for output in outputs]
 
     # -- editing -----------------------------------------------------------------------------------------------
     def symbol(self, name: str) -> Any:
@@ -121,12 +136,15 @@ class Graph:
         return node
 
     def constant(self, name: str, value: torch.Tensor) -> Node:
-        """Add a constant tensor of the engine, stored like a weight."""
+        """Add a constant tensor of the engine, stored like a weight; the name may be given again."""
         with self.fx.inserting_before(self.first_call()):
             node = self.fx.placeholder(name)
+        node.target = node.name  # which is unique
         node.meta["val"] = self.fake_mode.from_tensor(value, static_shapes=True)
         argument = TensorArgument(name=node.name)
-        self.specs[node] = InputSpec(kind=InputKind.BUFFER, arg=argument, target=f"keysieve_{name}", persistent=False)
+        self.specs[node] = InputSpec(
+            kind=InputKind.BUFFER, arg=argument, target=f"keysieve_{node.name}", persistent=False
+        )
         self.tensors[node] = value
         return node
 

@@ -8,18 +8,19 @@ becomes
 position_ids is replaced by position [B] + arange(S); the mask lets token s of a sequence see the rows held before
 this step and the rows of this step up to its own.
 
-A layer with full attention executes the plan of the last step. One with a sliding window (or chunks) of W tokens
-follows a plan of its own, made in the same step: when the new tokens find no room, the last W - 1 rows move to the
-front, which are all that any later token can see. So its cache holds consecutive tokens, and the result is exact.
+A layer with full attention executes the plan of the last step, which it shares with the layers of its shape. One with
+a sliding window (or chunks) of W tokens follows a plan of its own, made in the same step: when the new tokens find no
+room, the last W - 1 rows move to the front, which are all that any later token can see. So its cache holds consecutive
+tokens, and the result is exact.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.fx import Node
 
-from keysieve.errors import MatchError
 from keysieve.passes.graph import Graph
+from keysieve.passes.group_layers import Group
 from keysieve.passes.mask_span import Span
 from keysieve.passes.result import Attention
 from keysieve.plugins.contract import plan_shape
@@ -46,15 +47,15 @@ class Cache:
     """Nodes that insert_eviction builds on.
 
     positions [B,S] int64; position [B] int64 = T, the absolute position after this step's tokens; count [B] int32;
-    length (rows held after the append) [B] int32 and keys (one [B,Hkv,C,D] a layer) of the layers that evict, None and
-    none where no layer does; windows: the others.
+    length (rows held after the append) [B] int32 of the layers that evict, None where no layer does; keys: one
+    [B,Hkv,C,D] a layer, by group; windows: the layers that evict nothing.
     """
 
     positions: Node
     position: Node
     count: Node
     length: Node | None
-    keys: list[Node]
+    keys: list[list[Node]]
     windows: list[Window]
 
 
@@ -82,24 +83,26 @@ def group_windows(attentions: list[Attention]) -> list[Window]:
     return list(windows.values())
 
 
-def insert_cache(graph: Graph, attentions: list[Attention], scope: str, dtype: torch.dtype | None = None) -> Cache:
+def insert_cache(
+    graph: Graph, attentions: list[Attention], groups: list[Group], scope: str, dtype: torch.dtype | None = None
+) -> Cache:
     """Add the inputs count, position, key_<l>, value_<l>; outputs of the same names end in _next.
 
-    dtype: of the caches (None: that of keys and values). Where layers evict: length, plan and keep too. For every
-    window: window_length_<index>.
-    Raises MatchError where layers that evict have different shapes (they share one score and one select node).
+    groups: the layers that evict. Where there are any: length and keep too, and a plan for each group. For every
+    window: window_length_<index>. dtype: of the caches (None: that of keys and values).
     """
-    evicting = [attention for attention in attentions if attention.evicts]
     windows = group_windows(attentions)
-    _check_equal_shapes(evicting)
+    places = {
+        match.attention.layer: (group, index)
+        for group, members in enumerate(groups)
+        for index, match in enumerate(members.matches)
+    }
     batch = graph.shape(graph.inputs["input_ids"])[0]
     count = graph.input("count", (batch,), torch.int32)
     position = graph.input("position", (batch,), torch.int64)
-    if evicting:
-        first = evicting[0]
-        shape = plan_shape(scope, len(evicting), batch, first.kv_heads, graph.symbol("capacity"))
+    if groups:
         length = graph.input("length", (batch,), torch.int32)
-        plan = graph.input("plan", shape, torch.int32)
+        plans = [_plan_input(graph, group, scope) for group in groups]
         keep = graph.input("keep", (batch,), torch.int32)
     caches = _cache_inputs(graph, attentions, windows, dtype)
     window_lengths = [graph.input(f"window_length_{index}", (batch,), torch.int32) for index in range(len(windows))]
@@ -111,10 +114,10 @@ def insert_cache(graph: Graph, attentions: list[Attention], scope: str, dtype: t
         steps = call(aten.arange.default, graph.size(graph.inputs["input_ids"], 1), dtype=torch.int64)
         positions = call(aten.add.Tensor, call(aten.unsqueeze.default, position, 1), steps)
         end = call(aten.add.Tensor, position, count)
-        if evicting:
-            shared = _planned_rows(graph, caches[first.layer][0], steps, count, length, plan, keep)
-            graph.outputs["length_next"] = shared.held
-            rows |= {attention.layer: shared for attention in evicting}
+        if groups:
+            planned = _planned_rows(graph, caches[next(iter(places))][0], steps, count, length, plans[0], keep)
+            graph.outputs["length_next"] = planned.held
+            rows |= {layer: replace(planned, plan=plans[group]) for layer, (group, _) in places.items()}
         for index, (window, held) in enumerate(zip(windows, window_lengths, strict=True)):
             example, plan_heads = caches[window.layers[0]][0], plan_shape(scope, 1, batch, window.kv_heads, None)[2]
             trimmed = _window_rows(graph, window, example, plan_heads, steps, positions, count, held)
@@ -123,16 +126,16 @@ def insert_cache(graph: Graph, attentions: list[Attention], scope: str, dtype: t
     old_positions.replace_all_uses_with(positions)
     graph.remove(old_positions)
 
-    keys: list[Node] = []
+    keys: list[list[Node]] = [[] for _ in groups]
     for attention in attentions:
+        group, index = places.get(attention.layer, (None, 0))
         key, value = caches[attention.layer]
         place, where = attention.node, rows[attention.layer]
         with graph.before(place):
             new = [_cast(graph, node, key.meta["val"].dtype) for node in (attention.key, attention.value)]
             updated = call(
                 torch.ops.keysieve.update.default,
-                *new, where.length, where.plan, where.keep, key, value,
-                len(keys) if attention.evicts else 0,
+                *new, where.length, where.plan, where.keep, key, value, index,
             )  # fmt: skip
             key_next, value_next = graph.item(updated, 0), graph.item(updated, 1)
             kind = attention.query.meta["val"].dtype
@@ -142,9 +145,16 @@ def insert_cache(graph: Graph, attentions: list[Attention], scope: str, dtype: t
         graph.fx.erase_node(place)
         graph.outputs[f"{key.name}_next"] = key_next
         graph.outputs[f"{value.name}_next"] = value_next
-        if attention.evicts:
-            keys.append(key_next)
-    return Cache(positions, end, count, shared.held if evicting else None, keys, windows)
+        if group is not None:
+            keys[group].append(key_next)
+    return Cache(positions, end, count, planned.held if groups else None, keys, windows)
+
+
+def _plan_input(graph: Graph, group: Group, scope: str) -> Node:
+    """plan<suffix> [Lp,B,Hp,C]."""
+    batch = graph.shape(graph.inputs["input_ids"])[0]
+    shape = plan_shape(scope, len(group.matches), batch, group.kv_heads, graph.symbol("capacity"))
+    return graph.input(f"plan{group.suffix}", shape, torch.int32)
 
 
 def _cast(graph: Graph, node: Node, dtype: torch.dtype) -> Node:
@@ -233,13 +243,3 @@ def _attend(graph: Graph, attention: Attention, key: Node, value: Node, mask: No
     weights = call(aten.reshape.default, weights, [batch, kv_heads, -1, graph.size(key, 2)])
     result = call(aten.matmul.default, weights, value)
     return call(aten.reshape.default, result, [batch, heads, tokens, attention.value_dim])
-
-
-def _check_equal_shapes(attentions: list[Attention]) -> None:
-    for other in attentions[1:]:
-        for what in ("query_heads", "kv_heads", "head_dim", "value_dim"):
-            if getattr(attentions[0], what) != getattr(other, what):
-                raise MatchError(
-                    f"layer {other.number} has {what} {getattr(other, what)}, layer {attentions[0].number} has "
-                    f"{getattr(attentions[0], what)}: layers that evict must have one shape"
-                )

@@ -1,7 +1,6 @@
 """Many architectures, the whole way: compiled and run against HuggingFace and the masked reference, or refused."""
 
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,35 +12,16 @@ from keysieve.compiler.config import CompileConfig, EvictionConfig, PolicyConfig
 from keysieve.compiler.engine import load
 from keysieve.compiler.pipeline import engine_graph, find
 from keysieve.compiler.progress import Progress
-from keysieve.compiler.session import Session
 from keysieve.errors import CaptureError, MatchError
 from support.families import COMPILED, REFUSED, WINDOW, family_model, pairing_of
 from support.masked_reference import MaskedReference
-from support.tiny_models import DECODERS, VOCABULARY, save_model
+from support.sessions import CHUNK, PROMPT, TOKENS, logits_of
+from support.tiny_models import DECODERS, save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 EVICTION = EvictionConfig(PolicyConfig(centres="online"), budget=48, interval=16, sinks=2, recent=8)
 QUIET = Progress(quiet=True)
-PROMPT, MORE, CHUNK = 40, 80, 16
-TOKENS = torch.randint(3, VOCABULARY, (PROMPT + MORE,), generator=torch.Generator().manual_seed(7)).tolist()
-
-
-def steps() -> list[list[int]]:
-    """The prompt in chunks, the partial one first, then one token a step."""
-    first = PROMPT % CHUNK
-    cuts = [0, first, *range(first + CHUNK, PROMPT + 1, CHUNK)]
-    return [TOKENS[a:b] for a, b in pairwise(cuts)] + [[token] for token in TOKENS[PROMPT:]]
-
-
-def logits_of(session: Session) -> np.ndarray:
-    """Logits [N,V] of all tokens, fed in `steps`."""
-    parts = steps()
-    found = []
-    for part, following in zip(parts, [*parts[1:], [0]], strict=True):
-        ids, count = np.array([part]), np.array([len(part)], np.int32)
-        found.append(session.step(ids, count, np.arange(len(part))[None], len(following))[0].copy())
-    return np.concatenate(found)
 
 
 @pytest.mark.slow

@@ -294,9 +294,7 @@ def test_masking_equals_a_cache_that_is_really_shrunk(name: str, scope: str) -> 
     reference = MaskedReference(model, statistics(model), replace(SMALL, scope=scope))
     model.set_attn_implementation("eager")
     cache = DynamicCache()
-    positions: list[list[list[int]]] = [
-        [[] for _ in range(reference.kv_heads)] for _ in range(model.config.num_hidden_layers)
-    ]
+    positions: list[list[list[int]]] = [[[] for _ in range(heads)] for heads in reference.kv_heads]
     ids = tokens(114)
     done = 0
     largest = 0.0

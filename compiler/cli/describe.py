@@ -58,13 +58,19 @@ def has_rope(layers: Iterable["LayerReport"]) -> bool:
 def layer_rows(layers: Sequence["LayerReport"], policy: str) -> list[tuple[str, str, str, str]]:
     """(layers, kind, RoPE form, what happens) rows; equal neighbours share one. policy: "" where none is chosen yet."""
     rows = []
-    alike = attrgetter("kind", "window", "rope_form", "matched", "reason")
+    heads = "query_heads", "kv_heads", "head_dim"
+    alike = attrgetter("kind", "window", "rope_form", "matched", "reason", "latent", *heads)
+    several = len({attrgetter(*heads)(layer) for layer in layers if layer.kv_heads}) > 1
     for _, group in groupby(layers, key=alike):
         members = list(group)
         first, last = members[0], members[-1]
         name = f"layer {first.layer}" if first is last else f"layers {first.layer}-{last.layer}"
         node = first.node if first is last else f"{first.node} to {last.node}"
         outcome = _fate(first, layers, policy) if first.matched else f"does not match, node {node}: {first.reason}"
+        if several and first.kv_heads:
+            outcome += f"; {first.query_heads} query and {first.kv_heads} KV heads of {first.head_dim}"
+        if first.latent:
+            outcome += f"; K and V expanded from a latent of {first.latent:,}"
         rows.append((name, first.kind, first.rope_form or "-", outcome))
     return rows
 

@@ -23,6 +23,7 @@ from torch.fx import Node
 
 from keysieve.errors import MatchError
 from keysieve.passes.graph import Graph
+from keysieve.passes.group_layers import Group
 from keysieve.passes.insert_cache import Cache
 from keysieve.passes.policies import ScoreInputs
 from keysieve.passes.result import RopeAttention
@@ -35,7 +36,7 @@ HALF_LIFE = 128.0  # tokens
 
 @dataclass(frozen=True)
 class QueryCentres:
-    """Calibrated centres of all layers: mean [L,Hq,D] in pre-RoPE layout, magnitude [L,Hq,R/2] = E|q_f|."""
+    """Calibrated centres of a group of layers: mean [L,Hq,D] in pre-RoPE layout, magnitude [L,Hq,R/2] = E|q_f|."""
 
     mean: np.ndarray
     magnitude: np.ndarray
@@ -54,16 +55,16 @@ class TriAttention:
 def triattention(
     graph: Graph,
     cache: Cache,
-    matches: list[RopeAttention],
+    group: Group,
     options: TriAttention,
     centres: QueryCentres | None,
 ) -> ScoreInputs:
-    """Build the rotated centres. centres None: online, with the state inputs centre and magnitude."""
-    form = common_form(matches)
+    """Build the rotated centres of a group. centres None: online, with the state inputs centre and magnitude."""
+    form, matches = common_form(group), group.matches
     if any(match.arranged for match in matches):
         form = replace(form, kind="half_split", real=(), imaginary=(), layout=())
     if centres is None:
-        mean, magnitude = _online_centres(graph, cache, matches, form)
+        mean, magnitude = _online_centres(graph, cache, group, form)
     else:
         mean = graph.constant("query_mean", torch.from_numpy(centres.mean[:, None]).float())  # [L,1,Hq,D]
         magnitude = graph.constant("query_magnitude", torch.from_numpy(centres.magnitude[:, None]).float())
@@ -74,22 +75,19 @@ def triattention(
     return ScoreInputs("trig", centre, weight, form.rotary_dim, form.interleaved)
 
 
-def common_form(matches: list[RopeAttention]) -> RopeForm:
-    """The form of the first rotated layer; raises MatchError where others rotate more or fewer dims, or none does."""
-    forms = [(m.attention.layer, m.form) for m in matches if m.form.kind != "nope"]
-    if not forms:
+def check_rotation(matches: list[RopeAttention]) -> None:
+    """Raises MatchError where none of the layers that evict rotates."""
+    if all(match.form.kind == "nope" for match in matches):
         raise MatchError(
             "no layer that evicts has a rotary embedding, so there is no series in the distance to score with; choose "
             "--policy key-norm or streaming"
         )
-    layer, first = forms[0]
-    for other_layer, other in forms[1:]:
-        if other.rotary_dim != first.rotary_dim:
-            raise MatchError(
-                f"layer {layer} has RoPE {first}, layer {other_layer} has {other}: rotary embeddings of "
-                f"{first.rotary_dim} and of {other.rotary_dim} dims in one model are not supported yet"
-            )
-    return first
+
+
+def common_form(group: Group) -> RopeForm:
+    """The form of the first rotated layer; where none of the group rotates, one band, which _norm_weight leaves out."""
+    rotated = (match.form for match in group.matches if match.form.kind != "nope")
+    return next(rotated, RopeForm("half_split", group.head_dim, 2, np.zeros(1)))
 
 
 def offset_factors(form: RopeForm, offsets: list[int], aggregation: str) -> np.ndarray:
@@ -225,16 +223,16 @@ def _pair_magnitude(graph: Graph, form: RopeForm, vectors: Node) -> Node:
     return call(aten.sqrt.default, squares)
 
 
-def _online_centres(graph: Graph, cache: Cache, matches: list[RopeAttention], form: RopeForm) -> tuple[Node, Node]:
+def _online_centres(graph: Graph, cache: Cache, group: Group, form: RopeForm) -> tuple[Node, Node]:
     """Running means of the sequence's own pre-RoPE queries, as state: centre [L,B,Hq,D], magnitude [L,B,Hq,R/2].
 
     Token by token c <- c a + (1 - a) q with a = 0.5 ** (1 / 128), summed in one go over the step's `count` tokens.
     """
-    layers, heads = len(matches), matches[0].attention.query_heads
+    matches, layers, heads = group.matches, len(group.matches), group.query_heads
     batch = graph.shape(graph.inputs["input_ids"])[0]
     head_dim, bands = form.head_dim, form.rotary_dim // 2
-    centre = graph.input("centre", (layers, batch, heads, head_dim), torch.float32)
-    magnitude = graph.input("magnitude", (layers, batch, heads, bands), torch.float32)
+    centre = graph.input(f"centre{group.suffix}", (layers, batch, heads, head_dim), torch.float32)
+    magnitude = graph.input(f"magnitude{group.suffix}", (layers, batch, heads, bands), torch.float32)
     taps = tap_prerope(graph, matches)
     call = graph.call
     rate = float(np.log(0.5) / HALF_LIFE)

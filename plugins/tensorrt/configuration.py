@@ -6,7 +6,7 @@ from typing import Any
 import onnx
 from onnx import NodeProto, TensorProto, helper
 
-from keysieve.errors import ExportError
+from keysieve.errors import ConfigError, ExportError
 from keysieve.kernels.triton.configuration import KernelConfiguration
 from keysieve.plugins.contract import DOMAIN, SCORE, SELECT, UPDATE
 
@@ -21,7 +21,7 @@ def read_configuration(model: Path) -> KernelConfiguration:
     """The configuration of an exported model.onnx; weights are not read.
 
     Raises ExportError where the file cannot be read or holds no plugin nodes (an inlined export), ConfigError where the
-    GPU kernels cannot do what it asks for.
+    GPU kernels cannot do what it asks for, as with layers of several shapes.
     """
     try:
         graph = onnx.load(str(model), load_external_data=False).graph
@@ -36,6 +36,11 @@ def read_configuration(model: Path) -> KernelConfiguration:
     missing = [name for name, nodes in found.items() if not nodes]
     if missing:
         raise ExportError(f"{model} has no {', '.join(missing)} node; compile the bundle again without --inline")
+    if len(found[SCORE.name]) > 1:
+        raise ConfigError(
+            f"{model} has {len(found[SCORE.name])} {SCORE.name} nodes, one for each shape of layers that evict; the "
+            "plugin library has kernels for one shape: run the bundle in ONNX Runtime"
+        )
     score, select = found[SCORE.name][0], found[SELECT.name][0]
     shapes = _shapes(graph)
     key, value = (shapes[name] for name in found[UPDATE.name][0].input[5:7])

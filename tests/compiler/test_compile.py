@@ -46,7 +46,7 @@ def test_the_manifest_says_what_was_compiled(root: Path) -> None:
     assert manifest["stop_tokens"] == [EOS]
     assert manifest["eviction"] == asdict(SMALL)
     assert manifest["nodes"] == {"KeySieveUpdate": 3, "KeySieveScore": 1, "KeySieveSelect": 1}
-    assert manifest["plan"] == [3, None, 2, None] and manifest["windows"] == []
+    assert manifest["plans"] == {"plan": [3, None, 2, None]} and manifest["windows"] == []
     cache = {"kv_heads": 2, "head_dim": 16, "value_dim": 16, "window": None}
     assert manifest["caches"] == [{"layer": layer, **cache} for layer in range(3)]
     assert [layer["layer"] for layer in manifest["layers"]] == [0, 1, 2]

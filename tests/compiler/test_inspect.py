@@ -116,6 +116,17 @@ def test_layers_of_every_kind(tmp_path: Path) -> None:
     assert report.kv_bytes_per_token == row and report.kv_bytes_for_budget == row * (48 + 16 + 63 + 16)
 
 
+def test_heads_and_latents_of_every_layer(llama_report: Report, tmp_path: Path) -> None:
+    assert [(found.query_heads, found.kv_heads, found.head_dim, found.latent) for found in llama_report.layers] == [
+        (4, 2, 16, 0)
+    ] * 3
+    family_model("deepseek_v3").save_pretrained(tmp_path)
+    layers = inspect(tmp_path, SMALL, progress=QUIET).layers
+    assert [(found.query_heads, found.kv_heads, found.head_dim, found.latent) for found in layers] == [
+        (4, 4, 24, 16)
+    ] * 3
+
+
 def test_every_miss_has_layer_node_and_reason(tmp_path: Path) -> None:
     family_model("phi3, longrope").save_pretrained(tmp_path)
     report = inspect(tmp_path, progress=QUIET)

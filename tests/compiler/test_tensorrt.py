@@ -27,6 +27,7 @@ from keysieve.plugins.tensorrt import build
 from keysieve.plugins.tensorrt.configuration import read_configuration
 from support.bundles import tiny_bundle, tiny_folder
 from support.families import WINDOW, family_model
+from support.graphs import SideBySide, evicting
 from support.tiny_models import save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,6 +88,12 @@ def test_what_the_plugin_has_no_kernels_for(name: str, reason: str) -> None:
         graph.inputs["key_0"].meta["val"] = value.new_empty(value.shape[0], 1, *value.shape[2:])
     with pytest.raises(ConfigError, match=reason):
         kernel_configuration(graph, "float16")
+
+
+def test_layers_that_evict_have_one_shape() -> None:
+    graph = evicting(SideBySide(2, 4), "streaming", "union")
+    with pytest.raises(ConfigError, match="layers that evict have 2 shapes"):
+        kernel_configuration(graph, "float32")
 
 
 def test_a_bundle_with_a_kit(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

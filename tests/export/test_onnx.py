@@ -7,11 +7,16 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 
 from keysieve.compiler.config import EvictionConfig, PolicyConfig
+from keysieve.errors import ConfigError
+from keysieve.export.onnx import export_onnx
 from keysieve.plugins.contract import DOMAIN, NODES
+from keysieve.plugins.tensorrt.configuration import read_configuration
 from keysieve.version import __version__
 from support.bundles import tiny_bundle
+from support.graphs import SideBySide, evicting, run
 
 pytestmark = pytest.mark.slow
 
@@ -215,6 +220,35 @@ def test_inlined_file_gives_the_same_tokens_in_openvino(inlined, generated):
     tokens, logits, evicted = generate(step)
     assert (tokens, evicted) == (generated[0], generated[2])
     np.testing.assert_allclose(logits, generated[1], rtol=0, atol=1e-4)
+
+
+# -- layers of several shapes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_each_shape_has_functions_of_its_own(inline, tmp_path):
+    """A step that plans, on full caches: the file equals the graph run in torch."""
+    graph, rows = evicting(SideBySide(2, 4, 2), "key-norm", "per_layer_per_head"), 12
+    given = {"input_ids": torch.tensor([[5, 6, 7]]), "logits_at": torch.tensor([[2]]), "position": torch.tensor([20])}
+    numbers = {"count": 3, "length": 9, "keep": -1, "budget": 8, "limit": 12, "pinned": 0}
+    given |= {name: torch.tensor([number], dtype=torch.int32) for name, number in numbers.items()}
+    for layer, heads in enumerate((2, 4, 2)):
+        given |= {f"{name}_{layer}": torch.randn(1, heads, rows, 8) for name in ("key", "value")}
+    shapes = {"plan_0": (2, 1, 2, rows), "plan_1": (1, 1, 4, rows)}
+    given |= {name: torch.zeros(shape, dtype=torch.int32) for name, shape in shapes.items()}
+    expected = run(graph, given)
+    export_onnx(graph, tmp_path / "model.onnx", {}, inline)
+    found = in_onnxruntime(tmp_path)({name: value.numpy() for name, value in given.items()})
+    assert expected["evicted"].tolist() == found["evicted"].tolist() == [4]
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value.numpy(), rtol=0, atol=1e-5, err_msg=name)
+    assert {name: found[f"{name}_next"].shape for name in shapes} == shapes
+    functions = [(function.name, function.overload) for function in structure(tmp_path).functions]
+    named = [(name, overload) for name in ("KeySieveScore", "KeySieveSelect") for overload in "01"]
+    assert sorted(functions) == ([] if inline else sorted([*named, ("KeySieveUpdate", "")]))
+    if not inline:
+        with pytest.raises(ConfigError, match="has 2 KeySieveScore nodes, one for each shape"):
+            read_configuration(tmp_path / "model.onnx")
 
 
 # -- float16 ---------------------------------------------------------------------------------------------------

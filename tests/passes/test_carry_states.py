@@ -7,7 +7,7 @@ from torch import nn
 from keysieve.passes.carry_states import State, carried_layers, carry_states
 from keysieve.passes.find_attention import find_attention
 from keysieve.passes.insert_cache import insert_cache
-from support.graphs import ToyDecoder, graph_of, run
+from support.graphs import ToyDecoder, graph_of, groups_of, run
 
 WIDTH = 16  # of ToyDecoder's embedding
 
@@ -40,7 +40,8 @@ class Remembering(nn.Module):
 def test_steps_of_any_size_are_the_model(bias: bool, delta: bool) -> None:
     model = Remembering(bias, delta)
     graph = graph_of(model)
-    cache = insert_cache(graph, find_attention(graph).matches, "union")
+    attentions = find_attention(graph).matches
+    cache = insert_cache(graph, attentions, groups_of(attentions), "union")
     states = carry_states(graph, cache.count)
     assert states == [State("conv_0", (WIDTH, 3)), State("recurrent_0", (2, 8, 8))]
     state = {s.name: torch.zeros(2, *s.shape) for s in states}

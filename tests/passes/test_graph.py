@@ -92,6 +92,28 @@ def test_evaluate_is_float64_even_for_a_float16_model():
     torch.testing.assert_close(logits, model(**GIVEN, use_cache=False).logits.double(), rtol=0, atol=1e-4)
 
 
+def test_evaluate_all_keeps_what_is_asked_for(toy):
+    """Outputs that feed each other, and one that was given; in the dtype asked for."""
+    (attention,) = toy.calls(torch.ops.keysieve.attention.default)
+    query, logits = attention.args[0], toy.outputs["logits"]
+    given = {toy.inputs[name]: value for name, value in GIVEN.items()}
+    tokens, *found = toy.evaluate_all([toy.inputs["input_ids"], query, logits], given, torch.float32)
+    assert tokens is GIVEN["input_ids"] and [value.dtype for value in found] == [torch.float32] * 2
+    torch.testing.assert_close(found[0].double(), toy.evaluate(query, given), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found[1], run(toy, GIVEN)["logits"], rtol=1e-6, atol=1e-6)
+
+
+def test_constants_may_share_a_name(toy):
+    both = [toy.constant("shift", torch.tensor([value])) for value in (2.0, 3.0)]
+    with toy.before(toy.output_node):
+        for index, node in enumerate(both):
+            toy.outputs[f"shifted_{index}"] = toy.call(aten.add.Tensor, toy.outputs["logits"], node)
+    out = toy.program().module()(*GIVEN.values())
+    assert len({toy.specs[node].target for node in both}) == 2
+    torch.testing.assert_close(out[1] - out[0], torch.full_like(out[0], 2.0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(out[2] - out[0], torch.full_like(out[0], 3.0), rtol=0, atol=1e-5)
+
+
 def test_clone_is_the_subgraph_with_other_inputs_and_sizes():
     """The model's own RoPE on 4 vectors a head at a position of their own, beside the tokens'."""
     found = match("llama")

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from torch import nn
 
-from keysieve.errors import MatchError
 from keysieve.passes.find_attention import find_attention
 from keysieve.passes.insert_cache import insert_cache
-from support.graphs import ToyDecoder, graph_of, match, run
+from support.graphs import SideBySide, ToyDecoder, graph_of, groups_of, match, run
 from support.tiny_models import tiny_model
 
 BATCH, CAPACITY = 3, 20
@@ -17,8 +15,13 @@ STATE = ["count", "position", "length", "plan", "keep"]
 @pytest.fixture(scope="module")
 def llama():
     found = match("llama")
-    cache = insert_cache(found.graph, found.attentions, "per_head")
+    cache = insert_cache(found.graph, found.attentions, found.groups, "per_head")
     return found.graph, cache
+
+
+def with_cache(graph, scope):
+    attentions = find_attention(graph).matches
+    return insert_cache(graph, attentions, groups_of(attentions), scope)
 
 
 def empty_state(graph, plan_layers=1, kv_heads=2, head_dim=16, layers=3):
@@ -58,7 +61,7 @@ def test_inputs_and_outputs(llama):
     assert all(dtypes[name] == torch.int32 for name in ("count", "length", "plan", "keep"))
     for name in caches:
         assert graph.shape(graph.outputs[f"{name}_next"]) == shapes[name]
-    assert graph.shape(cache.positions) == (batch, tokens) and len(cache.keys) == 3
+    assert graph.shape(cache.positions) == (batch, tokens) and [len(keys) for keys in cache.keys] == [3]
 
 
 def test_only_update_reads_the_old_cache(llama):
@@ -80,7 +83,7 @@ def test_any_split_into_steps_gives_the_models_logits(name, llama):
     else:
         found = match(name)
         graph = found.graph
-        insert_cache(graph, found.attentions, "per_head")
+        insert_cache(graph, found.attentions, found.groups, "per_head")
     config = tiny_model(name).config
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     tokens = torch.randint(3, 300, (BATCH, 18))
@@ -134,23 +137,22 @@ def test_a_plan_is_executed_by_the_next_step_and_positions_go_on(llama):
 @pytest.mark.parametrize(("scope", "shape"), [("per_layer_per_head", (1, 2)), ("per_head", (1, 2)), ("union", (1, 1))])
 def test_plan_input_has_the_shape_of_the_scope(scope, shape):
     graph = graph_of(ToyDecoder(lambda query, key, positions: (query, key)))
-    insert_cache(graph, find_attention(graph).matches, scope)
+    with_cache(graph, scope)
     plan = graph.shape(graph.inputs["plan"])
     assert (plan[0], plan[2]) == shape
 
 
-def test_layers_of_different_shapes_are_an_error():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = (ToyDecoder(lambda q, k, p: (q, k), kv_heads=n) for n in (2, 4))
-
-        def forward(self, input_ids, position_ids):
-            return self.first(input_ids, position_ids) + self.second(input_ids, position_ids)
-
-    graph = graph_of(Two())
-    with pytest.raises(MatchError, match="layer 1 has kv_heads 4, layer 0 has 2"):
-        insert_cache(graph, find_attention(graph).matches, "union")
+def test_layers_of_one_shape_share_a_plan():
+    graph = graph_of(SideBySide(2, 4, 2))
+    cache = with_cache(graph, "per_layer_per_head")
+    shapes = {name: graph.shape(node) for name, node in graph.inputs.items() if name.startswith("plan")}
+    assert {name: (shape[0], shape[2]) for name, shape in shapes.items()} == {"plan_0": (2, 2), "plan_1": (1, 4)}
+    updates = graph.calls(torch.ops.keysieve.update.default)
+    assert [(node.args[3].name, node.args[7]) for node in updates] == [("plan_0", 0), ("plan_1", 0), ("plan_0", 1)]
+    outputs = [[graph.outputs[f"key_{layer}_next"] for layer in group] for group in ((0, 2), (1,))]
+    assert cache.keys == outputs
+    lengths = {node.args[place] for node in updates for place in (2, 4)}
+    assert lengths == {graph.inputs["length"], graph.inputs["keep"]}
 
 
 TURNS = 0.3 * torch.arange(4)
@@ -178,7 +180,7 @@ def test_a_windows_cache_is_small_and_exact(options, rows):
     torch.manual_seed(0)
     toy, largest = ToyDecoder(rope, **options), 4
     graph = graph_of(toy)
-    cache = insert_cache(graph, find_attention(graph).matches, "per_layer_per_head")
+    cache = with_cache(graph, "per_layer_per_head")
     capacity = 25 if rows is None else rows + largest
     state = {name: torch.zeros(BATCH, 2, capacity, 8) for name in ("key_0", "value_0")}
     state |= {"position": torch.zeros(BATCH, dtype=torch.int64)}

@@ -9,7 +9,7 @@ from keysieve.compiler import statistics as statistics_file
 from keysieve.compiler.config import EvictionConfig, PolicyConfig
 from keysieve.compiler.pipeline import engine_graph
 from support.bundles import tiny_bundle, tiny_statistics
-from support.graphs import match, run
+from support.graphs import SideBySide, evicting, match, run
 
 EVICTION = EvictionConfig(PolicyConfig(), budget=16, interval=6, sinks=2, recent=4)
 BATCH, CAPACITY, LAYERS, KV_HEADS, HEAD_DIM = 3, 30, 3, 2, 16
@@ -45,6 +45,20 @@ def test_one_score_and_one_select_read_the_updated_caches(graph):
     assert score.args[0] is select.args[1] is graph.outputs["length_next"]
     assert select.args[5:] == ("per_layer_per_head", KV_HEADS, EVICTION.sinks, EVICTION.recent)
     assert score.args[6:] == ("trig", 4, HEAD_DIM, 0)
+
+
+def test_a_score_and_a_select_for_each_shape():
+    graph = evicting(SideBySide(2, 4, 2), "streaming", "per_layer_per_head")
+    outputs, ops = graph.outputs, torch.ops.keysieve
+    scores, selects = graph.calls(ops.score.default), graph.calls(ops.select.default)
+    assert [score.args[5] for score in scores] == [
+        [outputs["key_0_next"], outputs["key_2_next"]],
+        [outputs["key_1_next"]],
+    ]
+    assert [(select.args[0], select.args[6]) for select in selects] == [(scores[0], 2), (scores[1], 4)]
+    assert [outputs[f"plan_{group}_next"].args for group in (0, 1)] == [(select, 0) for select in selects]
+    assert {outputs[name].args[1] for name in ("keep_next", "evicted")} == {1, 2}
+    assert all(graph.shape(outputs[f"plan_{n}_next"]) == graph.shape(graph.inputs[f"plan_{n}"]) for n in (0, 1))
 
 
 def start():

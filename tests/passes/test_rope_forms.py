@@ -19,6 +19,7 @@ from keysieve.kernels import reference
 from keysieve.passes.arrange_heads import arrange_heads
 from keysieve.passes.find_attention import find_attention
 from keysieve.passes.find_rope import find_rope
+from keysieve.passes.group_layers import group_layers
 from keysieve.passes.insert_cache import insert_cache
 from keysieve.passes.lower_complex import lower_complex
 from keysieve.passes.lower_positions import lower_positions
@@ -275,9 +276,10 @@ def test_score_is_that_of_unrotated_keys(form):
     mean = rng.standard_normal((len(layers), heads, head_dim)).astype(np.float32).astype(np.float64)
     magnitude = np.abs(rng.standard_normal((len(layers), heads, bands)).astype(np.float32).astype(np.float64)) + 6
     policy = PolicyConfig()
-    cache = insert_cache(graph, attentions, "union")
+    (group,) = groups = group_layers(ropes)
+    cache = insert_cache(graph, attentions, groups, "union")
     options = TriAttention(policy.offsets, policy.aggregation, policy.trig, policy.norm)
-    inputs = triattention(graph, cache, ropes, options, QueryCentres(mean, magnitude))
+    inputs = triattention(graph, cache, group, options, QueryCentres(mean, magnitude))
     position, count = torch.tensor([1200, 1000]), torch.tensor([3, 2], dtype=torch.int32)
     given = {
         graph.inputs["input_ids"]: TOKENS[:, :3],

@@ -10,10 +10,12 @@ from keysieve.compiler.config import PolicyConfig
 from keysieve.errors import MatchError
 from keysieve.kernels import reference
 from keysieve.passes.find_rope import rotation_matrix
+from keysieve.passes.group_layers import Group
 from keysieve.passes.insert_cache import insert_cache
 from keysieve.passes.policies.triattention import (
     QueryCentres,
     TriAttention,
+    check_rotation,
     common_form,
     offset_factors,
     triattention,
@@ -34,9 +36,10 @@ OPTIONS = [
 
 
 def with_cache(name):
-    """Graph of that tiny model with a cache, the nodes to build on, and the matches."""
+    """Graph of that tiny model with a cache, the nodes to build on, and its layers."""
     found = match(name)
-    return found.graph, insert_cache(found.graph, found.attentions, "union"), found.ropes
+    (group,) = groups = found.groups
+    return found.graph, insert_cache(found.graph, found.attentions, groups, "union"), group
 
 
 def random_centres(ropes, heads, head_dim, bands):
@@ -66,7 +69,7 @@ def test_scores_equal_the_explicit_loop(name, policies):
     forms = matched(name).ropes
     attention = forms[0].attention
     heads, kv_heads, head_dim = attention.query_heads, attention.kv_heads, attention.head_dim
-    bands = common_form(forms).rotary_dim // 2
+    bands = common_form(Group(forms)).rotary_dim // 2
     centres = random_centres(forms, heads, head_dim, bands)
     rng = np.random.default_rng(2)
     plain = rng.standard_normal((len(forms), BATCH, kv_heads, ROWS, head_dim))
@@ -77,7 +80,8 @@ def test_scores_equal_the_explicit_loop(name, policies):
             for row, place in enumerate(places[b]):
                 if rope.form.kind != "nope":
                     rotated[layer, b, :, row] = plain[layer, b, :, row] @ rotation_matrix(rope.form, place).T
-    graph, cache, ropes = with_cache(name)
+    graph, cache, group = with_cache(name)
+    ropes = group.matches
     given = {
         graph.inputs["input_ids"]: torch.zeros(BATCH, TOKENS, dtype=torch.long),
         graph.inputs["position"]: torch.tensor(POSITION),
@@ -86,7 +90,7 @@ def test_scores_equal_the_explicit_loop(name, policies):
     length, limit = torch.tensor([ROWS, ROWS]), torch.tensor([ROWS, ROWS + 1])
     for policy in policies:
         options = TriAttention(policy.offsets, policy.aggregation, policy.trig, policy.norm)
-        inputs = triattention(graph, cache, ropes, options, centres)
+        inputs = triattention(graph, cache, group, options, centres)
         centre, weight = (graph.evaluate(node, given) for node in (inputs.centre, inputs.weight))
         keys, form = list(torch.from_numpy(rotated)), (heads, inputs.rotary_dim, inputs.interleaved)
         scores = reference.score(
@@ -111,9 +115,9 @@ def test_scores_equal_the_explicit_loop(name, policies):
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "smollm3"])
 def test_online_centres_follow_the_queries_token_by_token(name):
-    graph, cache, ropes = with_cache(name)
-    triattention(graph, cache, ropes, TriAttention(PolicyConfig().offsets), None)
-    form = common_form(ropes)
+    graph, cache, group = with_cache(name)
+    triattention(graph, cache, group, TriAttention(PolicyConfig().offsets), None)
+    form, ropes = common_form(group), group.matches
     heads, head_dim, bands = ropes[0].attention.query_heads, form.head_dim, form.rotary_dim // 2
     rng = np.random.default_rng(3)
     size, count = 6, [6, 4]
@@ -157,20 +161,15 @@ def test_offset_factors_are_the_mean_turn_or_one_turn_each():
     np.testing.assert_allclose(mean, each.mean(0), rtol=1e-15)
 
 
-def test_layers_that_rotate_more_or_fewer_dims_are_an_error():
+def test_a_group_has_the_form_of_its_first_rotated_layer():
     ropes = matched("llama").ropes
-
-    def with_form(layer, *form):
-        return replace(ropes[layer], form=RopeForm(*form))
-
-    assert common_form(matched("smollm3").ropes).kind == "half_split"
-    other_pairs = with_form(1, "interleaved", 16, 16, ropes[1].form.inv_freq)
-    assert common_form([ropes[0], other_pairs, ropes[2]]) is ropes[0].form
-    partial = with_form(1, "half_split", 16, 8, ropes[1].form.inv_freq[:4])
-    with pytest.raises(MatchError, match="layer 0 has RoPE half_split, layer 1 has half_split partial 8/16"):
-        common_form([ropes[0], partial, ropes[2]])
+    plain = [replace(rope, form=RopeForm("nope", 16, 0, np.zeros(0))) for rope in ropes]
+    assert common_form(Group([plain[0], ropes[1]])) is ropes[1].form
+    none = common_form(Group(plain))
+    assert (none.kind, none.head_dim, none.rotary_dim) == ("half_split", 16, 2)
+    check_rotation([*plain, ropes[0]])
     with pytest.raises(MatchError, match="no layer that evicts has a rotary embedding"):
-        common_form([with_form(layer, "nope", 16, 0, np.zeros(0)) for layer in range(3)])
+        check_rotation(plain)
 
 
 def test_default_offsets_are_the_papers():

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, export
@@ -10,7 +11,15 @@ from torch.export import Dim, export
 import keysieve.plugins.torch_ops  # noqa: F401  (registers torch.ops.keysieve)
 from keysieve.compiler.pipeline import Matched, find
 from keysieve.compiler.progress import Progress
+from keysieve.passes.find_attention import find_attention
+from keysieve.passes.gather_logits import gather_logits
 from keysieve.passes.graph import Graph
+from keysieve.passes.group_layers import Group, group_layers
+from keysieve.passes.insert_cache import insert_cache
+from keysieve.passes.insert_eviction import insert_eviction
+from keysieve.passes.policies.stateless import stateless
+from keysieve.passes.result import Attention, RopeAttention
+from keysieve.passes.rope_form import RopeForm
 from support.tiny_models import VOCABULARY, tiny_model
 
 Rope = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -63,6 +72,28 @@ class ToyDecoder(nn.Module):
         return self.out(result.transpose(1, 2).flatten(2))
 
 
+class SideBySide(nn.Module):
+    """A layer without rotation for each of these numbers of KV heads; their logits are added."""
+
+    def __init__(self, *kv_heads: int):
+        super().__init__()
+        self.layers = nn.ModuleList(ToyDecoder(lambda q, k, p: (q, k), kv_heads=heads) for heads in kv_heads)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return torch.stack([layer(input_ids, position_ids) for layer in self.layers]).sum(0)
+
+
+def evicting(module: nn.Module, policy: str, scope: str) -> Graph:
+    """The graph of a toy with cache and eviction, 2 sinks and 4 recent rows."""
+    graph = graph_of(module)
+    attentions = find_attention(graph).matches
+    gather_logits(graph)
+    groups = groups_of(attentions)
+    cache = insert_cache(graph, attentions, groups, scope)
+    insert_eviction(graph, cache, groups, [stateless(graph, policy)] * len(groups), scope, 2, 4)
+    return graph
+
+
 def graph_of(module: nn.Module) -> Graph:
     """Export forward(input_ids [B,S], position_ids [B,S]) -> logits with dynamic sizes, as capture does."""
     tokens, positions = torch.zeros(3, 5, dtype=torch.long), torch.arange(5).repeat(3, 1)
@@ -70,6 +101,14 @@ def graph_of(module: nn.Module) -> Graph:
     shapes = {"input_ids": dynamic, "position_ids": dynamic}
     with torch.no_grad():
         return Graph(export(module.eval(), (tokens, positions), dynamic_shapes=shapes, strict=False))
+
+
+def groups_of(attentions: list[Attention]) -> list[Group]:
+    """Those that evict, by shape, as if none rotated: for passes that never ask how."""
+    plain = [RopeForm("nope", attention.head_dim, 0, np.zeros(0)) for attention in attentions]
+    nodes = [[attention.query] * 3 for attention in attentions]
+    matches = zip(attentions, nodes, plain, strict=True)
+    return group_layers([RopeAttention(found, *three, form) for found, three, form in matches if found.evicts])
 
 
 @torch.no_grad()

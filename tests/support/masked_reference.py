@@ -22,6 +22,7 @@ from keysieve.compiler.config import EvictionConfig, PolicyConfig
 ATTENTION_NAME = "masked_reference"
 DECAY = 0.5 ** (1 / 128)  # of online centres, per token
 NEVER = np.iinfo(np.int64).max
+ANY = 64  # KV heads of a layer that is not known yet, at most
 # Model type -> which dims of a rotated head form a pair; a model that is not listed is refused.
 PAIRING = {
     "llama": "half_split",
@@ -308,11 +309,11 @@ def select_rows(
 class _Sequence:
     """One sequence: all its tokens, when each key was evicted, and the positions that the rows hold."""
 
-    def __init__(self, layers: int, kv_heads: int, statistics: Statistics | None, pinned: int):
+    def __init__(self, kv_heads: list[int], statistics: Statistics | None, pinned: int):
         self.tokens: list[int] = []
         self.pinned = pinned
-        self.evicted_at = np.full((layers, kv_heads, 0), NEVER)
-        self.rows: list[list[list[int]]] = [[[] for _ in range(kv_heads)] for _ in range(layers)]
+        self.evicted_at = [np.full((heads, 0), NEVER) for heads in kv_heads]  # by layer
+        self.rows: list[list[list[int]]] = [[[] for _ in range(heads)] for heads in kv_heads]
         self.length = 0
         self.evicted = 0
         self.rounds = 0
@@ -322,9 +323,7 @@ class _Sequence:
     def append(self, tokens: Sequence[int]) -> None:
         fresh = list(range(len(self.tokens), len(self.tokens) + len(tokens)))
         self.tokens += [int(t) for t in tokens]
-        layers, kv_heads, _ = self.evicted_at.shape
-        more = np.full((layers, kv_heads, len(fresh)), NEVER)
-        self.evicted_at = np.concatenate([self.evicted_at, more], 2)
+        self.evicted_at = [np.pad(times, ((0, 0), (0, len(fresh))), constant_values=NEVER) for times in self.evicted_at]
         for layer in self.rows:
             for head in layer:
                 head += fresh
@@ -342,7 +341,7 @@ class _Sequence:
                 before = self.rows[layer][head]
                 self.rows[layer][head] = [before[row] for row in kept]
                 gone = sorted(set(before) - set(self.rows[layer][head]))
-                self.evicted_at[layer, head, gone] = len(self.tokens)
+                self.evicted_at[layer][head, gone] = len(self.tokens)
         evicted = self.length - len(plan[0][0])
         self.evicted += evicted
         self.rounds += evicted > 0
@@ -357,7 +356,10 @@ class MaskedReference:
 
     stats: per layer (q_mean [Hq,D], q_abs [Hq,R/2]); with online centres the state's start, zeros where None.
     pinned: rows of each sequence's prompt that are never evicted; by default none, and for `prompt="pinned"`
-    what `prefill` is given.
+    what `prefill` is given. ropes: the rotations of the layers with full attention, where `layer_ropes` cannot tell.
+
+    Layers choose their rows together, as the scope says, with those of the same query heads, KV heads, head dim and
+    number of bands; a layer without bands joins the first ones of its heads.
 
     Counters (lists, one entry a sequence): rows_held after the planned eviction, length before it,
     rows_evicted per layer and KV head, rounds that evicted something, and margins, the closest decision of
@@ -371,6 +373,7 @@ class MaskedReference:
         eviction: EvictionConfig,
         pinned: list[int] | None = None,
         pairing: str | None = None,
+        ropes: list[LayerRope] | None = None,
     ):
         if eviction.policy.needs_statistics and stats is None:
             raise ValueError("calibrated centres need stats; make them with calibrate_by_hooks")
@@ -378,10 +381,10 @@ class MaskedReference:
         self.eviction = eviction
         self.stats = stats
         self.pinned = pinned
-        self.ropes = layer_ropes(model, pairing)
-        config = model.config
-        self.heads = config.num_attention_heads
-        self.kv_heads = getattr(config, "num_key_value_heads", None) or self.heads
+        self.ropes = layer_ropes(model, pairing) if ropes is None else ropes
+        _, layers = forward(model, [0], lambda layer, count: np.ones((ANY, count, count), bool))
+        self.heads, self.kv_heads = ([len(side[which]) for side in layers] for which in (0, 1))
+        self.groups = self._groups()
         self.sequences: list[_Sequence] = []
 
     # -- feeding ---------------------------------------------------------------------------------------------
@@ -440,9 +443,22 @@ class MaskedReference:
         online = self.eviction.policy.name == "triattention" and self.eviction.policy.centres == "online"
         stats = self.stats
         if online and stats is None:
-            stats = [(np.zeros((self.heads, r.head_dim)), np.zeros((self.heads, len(r.first)))) for r in self.ropes]
+            stats = [
+                (np.zeros((heads, rope.head_dim)), np.zeros((heads, len(rope.first))))
+                for heads, rope in zip(self.heads, self.ropes, strict=True)
+            ]
         for rows in pinned:
-            self.sequences.append(_Sequence(len(self.ropes), self.kv_heads, stats, rows))
+            self.sequences.append(_Sequence(self.kv_heads, stats, rows))
+
+    def _groups(self) -> list[list[int]]:
+        """The layers that choose their rows together."""
+        shapes: dict[tuple[int, int, int, int], list[int]] = {}
+        kinds = list(zip(self.heads, self.kv_heads, (rope.head_dim for rope in self.ropes), strict=True))
+        bands = [len(rope.first) for rope in self.ropes]
+        for layer, kind in enumerate(kinds):
+            alike = [n for other, n in zip(kinds, bands, strict=True) if other == kind and n]
+            shapes.setdefault((*kind, bands[layer] or (alike or [0])[0]), []).append(layer)
+        return list(shapes.values())
 
     def _limit(self, b: int, limit: int | list[int] | None) -> int:
         if limit is None:
@@ -467,8 +483,16 @@ class MaskedReference:
             first = len(sequence.tokens) - step_size  # absolute position of the step's first token
             scores = self._scores(sequence, [k for _, k in layers], first)
             front = max(self.eviction.sinks, sequence.pinned)
-            plan, margin = select_rows(scores, keep, front, self.eviction.recent, self.eviction.scope, self.kv_heads)
-            sequence.margins.append(margin)
+            plan: list[list[list[int]]] = [[] for _ in scores]
+            margins = []
+            for group in self.groups:
+                together = np.stack([scores[layer] for layer in group])
+                recent, scope, kv_heads = self.eviction.recent, self.eviction.scope, self.kv_heads[group[0]]
+                chosen, margin = select_rows(together, keep, front, recent, scope, kv_heads)
+                margins.append(margin)
+                for layer, heads in zip(group, chosen, strict=True):
+                    plan[layer] = heads
+            sequence.margins.append(min(margins))
             sequence.evict(plan)
         return logits[-len(tokens) :]
 
@@ -491,20 +515,21 @@ class MaskedReference:
                 if len(rope.first):
                     state[1] = state[1] * DECAY + (1 - DECAY) * size[:, n]
 
-    def _scores(self, sequence: _Sequence, keys: list[np.ndarray], first: int) -> np.ndarray:
-        """Scores [L,Hq,rows held] of the rotated keys [Hkv,N,D] of every layer."""
+    def _scores(self, sequence: _Sequence, keys: list[np.ndarray], first: int) -> list[np.ndarray]:
+        """Scores [Hq,rows held], by layer, of the rotated keys [Hkv,N,D]."""
         policy = self.eviction.policy
-        scores = np.zeros((len(keys), self.heads, sequence.length))
+        scores = [np.zeros((heads, sequence.length)) for heads in self.heads]
         for layer, rotated in enumerate(keys):
-            rope = self.ropes[layer]
+            rope, heads, kv_heads = self.ropes[layer], self.heads[layer], self.kv_heads[layer]
+            number = next(group.index(layer) for group in self.groups if layer in group)
             plain = rope.undo(rotated, np.arange(rotated.shape[1])) if policy.name == "triattention" else None
-            for head in range(self.heads):
-                kv_head = head * self.kv_heads // self.heads
+            for head in range(heads):
+                kv_head = head * kv_heads // heads
                 rows = np.array(sequence.rows[layer][kv_head])
                 if plain is not None:
                     assert sequence.centres is not None
                     centre, magnitude = sequence.centres[layer]
-                    scores[layer, head] = explicit_scores(
+                    scores[layer][head] = explicit_scores(
                         plain[kv_head, rows],
                         rows,
                         self.now(sequence),
@@ -514,11 +539,11 @@ class MaskedReference:
                         policy,
                     )
                 elif policy.name == "key-norm":
-                    scores[layer, head] = [-math.sqrt(float(k @ k)) for k in rotated[kv_head, rows].astype(float)]
+                    scores[layer][head] = [-math.sqrt(float(k @ k)) for k in rotated[kv_head, rows].astype(float)]
                 elif policy.name == "streaming":
-                    scores[layer, head] = range(len(rows))
+                    scores[layer][head] = range(len(rows))
                 elif policy.name == "random":
-                    scores[layer, head] = [random_score(first, row, head, layer) for row in range(len(rows))]
+                    scores[layer][head] = [random_score(first, row, head, number) for row in range(len(rows))]
                 else:
                     raise ValueError(f"the reference does not know policy {policy.name!r}")
         return scores
@@ -551,15 +576,17 @@ class MaskedReference:
 
 
 def calibrate_by_hooks(
-    model: PreTrainedModel, token_lists: Sequence[Sequence[int]], pairing: str | None = None
+    model: PreTrainedModel,
+    token_lists: Sequence[Sequence[int]],
+    pairing: str | None = None,
+    ropes: list[LayerRope] | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Means of un-rotated queries over all tokens, float64: per layer (q_mean [Hq,D], q_abs [Hq,R/2])."""
-    ropes = layer_ropes(model, pairing)
+    ropes = layer_ropes(model, pairing) if ropes is None else ropes
     seen: list[list[np.ndarray]] = [[] for _ in ropes]
-    heads = model.config.num_attention_heads
 
     def causal(layer: int, count: int) -> np.ndarray:
-        return np.tri(count, dtype=bool)[None].repeat(heads, 0)
+        return np.tri(count, dtype=bool)[None].repeat(ANY, 0)
 
     for tokens in token_lists:
         _, layers = forward(model, tokens, causal)

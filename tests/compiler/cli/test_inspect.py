@@ -51,6 +51,17 @@ def test_what_happens_to_layers_of_every_kind() -> None:
     assert layer_rows([layer(0, "full", "nope")], "")[0][-1] == "has no rotary embedding"
 
 
+def test_heads_are_told_where_they_differ_and_latents_where_there_are_some() -> None:
+    def layer(number: int, query_heads: int, latent: int = 0) -> LayerReport:
+        return LayerReport(number, "full", "half_split", True, None, "node", 0, query_heads, 2, 16, latent)
+
+    assert [row[::3] for row in layer_rows([layer(0, 4), layer(1, 4), layer(2, 8)], "")] == [
+        ("layers 0-1", "evicts; 4 query and 2 KV heads of 16"),
+        ("layer 2", "evicts; 8 query and 2 KV heads of 16"),
+    ]
+    assert [row[-1] for row in layer_rows([layer(0, 4, 512)], "")] == ["evicts; K and V expanded from a latent of 512"]
+
+
 def test_a_model_that_is_not_compiled_has_no_nodes(stub, report, capsys: pytest.CaptureFixture) -> None:
     stub(FUNCTION, report(GOOD))
     assert main(["inspect", "m"]) == 0
