@@ -5,8 +5,8 @@ becomes
     x, W as integers [N,K], a scale and a zero for every 32 of a row -> MatMulNBits
 
 The numbers are those of ONNX Runtime's own quantiser, and MatMulNBits is its operator, so the file needs ONNX Runtime.
-The product that makes the logits never has less than 8 bits: its errors reach the tokens directly. Embeddings stay as
-they are: only the rows of a step's tokens are read of them.
+The product that makes the logits never has less than 8 bits, for its errors reach the tokens directly; nor has the
+embedding, which becomes GatherBlockQuantized.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: products of integers, activ
 
 @dataclass(frozen=True)
 class Quantized:
-    """What quantize did: products with a constant matrix, those of them that are integers now, bytes of these.
+    """What quantize did: products with a constant matrix, those of them that are integers now, bytes of all integers.
 
     error: root mean square of the differences to the weights that they replace, relative to these.
     """
@@ -57,7 +57,11 @@ def quantize(model: ir.Model, weights: str) -> Quantized:
         DefaultWeightOnlyQuantizer,
     )
 
+    def quantizer(bits: int) -> DefaultWeightOnlyQuantizer:
+        return DefaultWeightOnlyQuantizer(DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=False, bits=bits))
+
     made: dict[tuple[str, int], list[ir.Value]] = {}  # by name and bits: several products may use one matrix
+    tables: dict[str, list[ir.Value]] = {}
     last = _products_before(model.graph.outputs)
     products = done = before = after = 0
     squares = errors = 0.0
@@ -72,8 +76,7 @@ def quantize(model: ir.Model, weights: str) -> Quantized:
         depth, columns = floats.shape
         bits = 8 if node in last else BITS[weights]
         if (matrix.name, bits) not in made:
-            config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=False, bits=bits)
-            packed, scales, zeros = parts = DefaultWeightOnlyQuantizer(config).qbits_block_quant(floats)
+            packed, scales, zeros = parts = quantizer(bits).qbits_block_quant(floats)
             names = (f"{matrix.name}_{kind}{bits}" for kind in ("int", "scale", "zero"))
             made[matrix.name, bits] = [_initializer(model, *pair) for pair in zip(names, parts, strict=True)]
             before, after = before + floats.nbytes, after + sum(part.nbytes for part in parts)
@@ -84,9 +87,31 @@ def quantize(model: ir.Model, weights: str) -> Quantized:
         inputs = [node.inputs[0], *made[matrix.name, bits]]
         _replace(model, node, ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN, name=node.name))
         done += 1
+    for node in [node for node in model.graph if node.op_type == "Gather"]:
+        matrix = _constant_matrix(node.inputs[0])
+        if matrix is None or matrix.transposed or not _fits_gather(node, matrix.tensor):
+            continue
+        if matrix.name not in tables:
+            floats = matrix.tensor.numpy()
+            packed, scales, zeros = quantizer(8).qbits_block_quant(np.ascontiguousarray(floats.T))
+            parts = packed.reshape(floats.shape), scales.reshape(len(floats), -1), zeros.reshape(len(floats), -1)
+            names = (f"{matrix.name}_{kind}8_rows" for kind in ("int", "scale", "zero"))
+            tables[matrix.name] = [_initializer(model, *pair) for pair in zip(names, parts, strict=True)]
+            before, after = before + floats.nbytes, after + sum(part.nbytes for part in parts)
+        data, scale, zero = tables[matrix.name]
+        attributes = {"bits": 8, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
+        inputs = [data, node.inputs[1], scale, zero]
+        _replace(model, node, ir.node("GatherBlockQuantized", inputs, attributes, domain=DOMAIN, name=node.name))
     RemoveUnusedNodesPass()(model)
     model.opset_imports[DOMAIN] = 1
     return Quantized(products, done, before, after, (errors / squares) ** 0.5 if squares else 0.0)
+
+
+def _fits_gather(node: ir.Node, table: ir.TensorProtocol) -> bool:
+    """Whether it takes whole rows, of floats in whole blocks."""
+    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+    width = table.shape[1]
+    return axis == 0 and table.dtype == ir.DataType.FLOAT and isinstance(width, int) and width % BLOCK == 0
 
 
 def _products_before(values: Sequence[ir.Value]) -> set[ir.Node]:

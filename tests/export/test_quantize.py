@@ -51,12 +51,24 @@ def test_products_with_constants_become_integers(weights: str, bits: tuple[int, 
     assert tuple(node.attributes["bits"].value for node in nodes) == bits  # the last product never has less than 8
     assert sum(node.op_type == "MatMul" for node in changed.graph) == 2  # of two activations
     assert (found.products, found.quantized) == (2, 2)
-    assert found.bytes_before == 4 * (DEPTH * WIDTH + WIDTH * COLUMNS)
+    (table,) = (node for node in changed.graph if node.op_type == "GatherBlockQuantized")
+    assert table.attributes["bits"].value == 8
+    assert found.bytes_before == 4 * (DEPTH * WIDTH + WIDTH * COLUMNS + 10 * DEPTH)
     assert found.bytes_after < found.bytes_before / (3 if weights == "int8" else 4)
     assert 0 < found.error < error
     after = run(changed)
     assert 0 < np.abs(after - before).mean() < 5 * error * np.abs(before).mean()
-    assert {"first", "head"}.isdisjoint(changed.graph.initializers) and "table" in changed.graph.initializers
+    assert {"first", "head", "table"}.isdisjoint(changed.graph.initializers)
+
+
+def test_a_table_that_does_not_fit_stays() -> None:
+    """Rows that are no whole blocks, and columns that are looked up."""
+    narrow, across = model(), model()
+    narrow.graph.initializers["table"].const_value = ir.tensor(np.zeros((10, DEPTH - 8), np.float32))
+    next(node for node in across.graph if node.op_type == "Gather").attributes["axis"] = ir.AttrInt64("axis", 1)
+    for changed in (narrow, across):
+        quantize(changed, "int8")
+        assert "Gather" in {node.op_type for node in changed.graph} and "table" in changed.graph.initializers
 
 
 def test_the_error_is_that_of_the_weights() -> None:
@@ -70,7 +82,7 @@ def test_the_error_is_that_of_the_weights() -> None:
 
 def test_half_precision_products_stay() -> None:
     half = model()
-    for name in ("first", "head"):
+    for name in ("first", "head", "table"):
         value = half.graph.initializers[name]
         value.const_value = ir.tensor(value.const_value.numpy().astype(np.float16))
     found = quantize(half, "int4")
