@@ -111,13 +111,13 @@ class CompileConfig:
 
     eviction: EvictionConfig = field(default_factory=EvictionConfig)
     dtype: str = "float32"
-    weights: str | None = None
-    kv_dtype: str | None = None
     stats: Path | None = None
     inline: bool = False
     dump_graphs: Path | None = None
     target: str = "onnxruntime"
     tensorrt: TensorRTConfig = field(default_factory=TensorRTConfig)
+    weights: str | None = None
+    kv_dtype: str | None = None
 
     def __post_init__(self) -> None:
         _choose("dtype", self.dtype, DTYPES)

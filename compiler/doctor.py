@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from keysieve.plugins.cxx import COMPILERS
+from keysieve.plugins.onnxruntime.build import find_library
 from keysieve.version import __version__
 
 # name shown -> distributions that may provide it
@@ -34,8 +35,8 @@ def doctor() -> dict[str, Any]:
     """A JSON-ready report; reads package metadata only, so it imports neither torch nor a runtime.
 
     packages: version or None by name. cpu: logical CPUs of the machine, and those this process may use.
-    nvcc: version or None. cxx: the C++ compiler. gpus: names of NVIDIA GPUs. targets: what can be built and run here,
-    and why not.
+    nvcc: version or None. cxx: the C++ compiler. custom_ops: the library of keysieve's ops for ONNX Runtime, or None.
+    gpus: names of NVIDIA GPUs. targets: what can be built and run here, and why not.
     """
     packages = {name: _installed(distributions) for name, distributions in PACKAGES.items()}
     cxx, gpus = next(filter(shutil.which, COMPILERS), None), _gpus()
@@ -47,6 +48,7 @@ def doctor() -> dict[str, Any]:
         "cpu": {"count": os.cpu_count(), "usable": _usable_cpus()},
         "nvcc": _nvcc(),
         "cxx": cxx,
+        "custom_ops": str(library) if (library := find_library()) else None,
         "gpus": gpus,
         "targets": targets(packages, needed_versions(), cxx is not None, bool(gpus)),
     }

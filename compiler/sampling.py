@@ -6,6 +6,8 @@ import numpy as np
 
 from keysieve.errors import ConfigError
 
+FIRST_SORTED = 256
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -49,8 +51,21 @@ class Sampler:
         chances = np.exp(scaled[candidates] - scaled[candidates].max())
         chances /= chances.sum()
         if options.top_p < 1:
-            order = np.argsort(-chances)
-            # keep the smallest set whose mass reaches top_p: its last member is the first to reach it
-            kept = order[: int(np.searchsorted(np.cumsum(chances[order]), options.top_p)) + 1]
+            kept = _likeliest(chances, options.top_p)
             candidates, chances = candidates[kept], chances[kept] / chances[kept].sum()
         return int(stream.choice(candidates, p=chances))
+
+
+def _likeliest(chances: np.ndarray, mass: float) -> np.ndarray:
+    """Indices of the smallest set whose mass is reached, the likeliest first; its last member is the first to reach it.
+
+    Sorts as many as are needed, which mostly are few of a vocabulary.
+    """
+    size = FIRST_SORTED
+    while True:
+        top = np.argpartition(chances, -size)[-size:] if size < len(chances) else np.arange(len(chances))
+        order = top[np.argsort(-chances[top], kind="stable")]
+        reached = np.cumsum(chances[order])
+        if reached[-1] >= mass or size >= len(chances):
+            return order[: int(np.searchsorted(reached, mass)) + 1]
+        size *= 8

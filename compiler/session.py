@@ -14,6 +14,9 @@ from keysieve.compiler.runtimes import Buffer, Runtime
 from keysieve.errors import EngineError
 
 
+MOST_ROWS = (1 << 31) - 1  # lengths and limits are int32
+
+
 @dataclass
 class Counters:
     """What a session has done. Rows are per sequence, and the same in every KV head of every layer that evicts.
@@ -67,6 +70,8 @@ class Session:
         chunk: int | None = None,
         total: int | None = None,
     ):
+        if not 0 < capacity < MOST_ROWS:
+            raise EngineError(f"capacity is {capacity}; a cache has 1 to {MOST_ROWS - 1:,} rows")
         self.batch, self.capacity = batch, capacity
         self.dense = budget is None
         sizes, eviction = manifest["sizes"], manifest["eviction"]

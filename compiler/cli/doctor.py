@@ -31,6 +31,7 @@ def _text(report: dict[str, Any]) -> str:
         ("GPU", ", ".join(report["gpus"]) or "no NVIDIA GPU found"),
         ("nvcc", report["nvcc"] or "not found"),
         ("C++ compiler", report["cxx"] or "not found"),
+        ("custom ops", report["custom_ops"] or "not built: `keysieve plugin build --ort`"),
         *((name, found or "not installed") for name, found in report["packages"].items()),
     ]
     targets = [

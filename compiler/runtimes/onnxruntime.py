@@ -6,6 +6,7 @@ model.onnx and the function bodies in it.
 
 import gc
 import logging
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,15 @@ class OnnxBinding:
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> HostBuffer:
         bfloat16 = dtype == "bfloat16"
-        return HostBuffer(np.zeros(shape, np.uint16 if bfloat16 else np.dtype(dtype)), bfloat16)
+        kind = np.dtype(np.uint16 if bfloat16 else dtype)
+        try:
+            return HostBuffer(np.zeros(shape, kind), bfloat16)
+        except (MemoryError, ValueError) as error:  # ValueError: more bytes than a number holds
+            size, bytes_needed = " x ".join(map(str, shape)), prod(shape) * kind.itemsize
+            raise EngineError(
+                f"no memory for a buffer of {bytes_needed:,} bytes ({size} {dtype}); "
+                "ask for fewer sequences, or a smaller capacity or budget"
+            ) from error
 
     def buffer(self, value: np.ndarray) -> HostBuffer:
         return HostBuffer(value)

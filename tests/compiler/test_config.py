@@ -123,3 +123,29 @@ def test_configs_cannot_be_changed_and_are_json_ready() -> None:
     found = json.loads(json.dumps(as_dict(config)))
     assert found["stats"] == "stats.safetensors"
     assert found["eviction"]["policy"]["name"] == "triattention"
+
+
+ONLINE = EvictionConfig(PolicyConfig(centres="online"))
+
+
+def test_weights_and_caches_may_have_a_type_of_their_own() -> None:
+    assert CompileConfig(ONLINE, dtype="float16").cache_dtype == "float16"
+    assert CompileConfig(ONLINE, weights="int4", kv_dtype="bfloat16").cache_dtype == "bfloat16"
+    assert CompileConfig(ONLINE, dtype="float16", kv_dtype="float16", target="tensorrt").cache_dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": "int3"}, "unknown weights 'int3'; choose one of int8, int4"),
+        ({"kv_dtype": "int8"}, "unknown kv-dtype 'int8'"),
+        ({"weights": "int4", "target": "tensorrt-rtx"}, "--weights int4 is for ONNX Runtime"),
+        ({"kv_dtype": "float16", "target": "tensorrt"}, "--kv-dtype float16 is for ONNX Runtime"),
+        ({"weights": "int8", "dtype": "float16"}, "--weights int8 needs activations in float32"),
+        ({"kv_dtype": "float32", "dtype": "bfloat16"}, "--kv-dtype float32 needs activations in float32"),
+        ({"weights": "int4", "inline": True}, "leave --inline out"),
+    ],
+)
+def test_types_that_a_target_does_not_have_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CompileConfig(ONLINE, **options)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from keysieve.compiler.sampling import Sampler, Sampling
+from keysieve.compiler.sampling import Sampler, Sampling, _likeliest
 from keysieve.errors import ConfigError
 
 DRAWS = 4_000
@@ -64,6 +64,16 @@ def test_top_k_keeps_the_k_most_likely(top_k: int, chances: np.ndarray) -> None:
 )
 def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, chances: np.ndarray) -> None:
     assert_follows(shares(Sampling(temperature=1.0, top_p=top_p, seed=4)), chances)
+
+
+@pytest.mark.parametrize("top_p", [0.2, 0.9, 0.99999])
+def test_top_p_of_a_large_vocabulary(top_p: float) -> None:
+    """More tokens than are sorted at first, and fewer: the set is that of a full sort."""
+    chances = np.random.default_rng(0).dirichlet(np.full(20_000, 0.05))
+    order = np.argsort(-chances)
+    wanted = order[: int(np.searchsorted(np.cumsum(chances[order]), top_p)) + 1]
+    found = _likeliest(chances, top_p)
+    assert len(found) == len(wanted) and set(found) == set(wanted)
 
 
 def test_top_p_measures_mass_within_top_k() -> None:

@@ -122,3 +122,11 @@ def test_a_library_that_cannot_be_used(root, monkeypatch, tmp_path):
     (tmp_path / "_library.so").write_bytes(b"no library")
     with pytest.raises(EngineError, match=r"cannot use .*_library\.so: .*plugin build --ort"):
         OnnxRuntime(load(bundle, 1, native=False).bundle)
+
+
+def test_memory_that_is_not_there(root):
+    engine = load(tiny_bundle("llama", EVICTION, root), 1)
+    with pytest.raises(EngineError, match=r"no memory for a buffer of .* bytes .*smaller capacity or budget"):
+        engine.session(capacity=1 << 30, batch=1 << 8, dense=True)
+    with pytest.raises(EngineError, match="a cache has 1 to 2,147,483,646 rows"):
+        engine.session(capacity=1 << 31, dense=True)

@@ -36,6 +36,12 @@ def test_every_option_reaches_the_config(stub, report) -> None:
     assert kwargs["progress"].quiet is True
 
 
+def test_integer_weights_and_caches_of_another_type(stub, report) -> None:
+    calls = stub(FUNCTION, report(*LAYERS))
+    assert main(["compile", "m", "-o", "out", "--stats", "s", "--weights", "int4", "--kv-dtype", "float16"]) == 0
+    assert calls[0][0][2] == CompileConfig(stats=Path("s"), weights="int4", kv_dtype="float16")
+
+
 def test_no_norm(stub, report) -> None:
     calls = stub(FUNCTION, report(*LAYERS))
     assert main(["compile", "m", "-o", "out", "--centres", "online", "--no-norm"]) == 0

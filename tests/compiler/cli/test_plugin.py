@@ -32,7 +32,19 @@ def test_every_option(built) -> None:
     assert (output, progress.quiet) == (Path("x.so"), True)
 
 
-@pytest.mark.parametrize("options", ["", "remove DIR", "build", "build DIR --arch 8x"])
+def test_custom_ops(built, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(
+        "keysieve.plugins.onnxruntime.build.build_library", lambda output: made.append(output) or Path("found/here.so")
+    )
+    assert main(["plugin", "build", "--ort"]) == main(["plugin", "build", "--ort", "-o", "x.so", "--quiet"]) == 0
+    assert made == [None, Path("x.so")] and not built
+    assert capsys.readouterr().out == "found/here.so\n" * 2
+
+
+@pytest.mark.parametrize(
+    "options", ["", "remove DIR", "build", "build DIR --arch 8x", "build DIR --ort", "build --ort --arch 90"]
+)
 def test_wrong_usage_is_2(options: str) -> None:
     assert main(["plugin", *options.split()]) == 2
 
