@@ -41,7 +41,6 @@ from keysieve.export.onnx import export_onnx
 from keysieve.export.onnxruntime import export_for_onnxruntime
 from keysieve.export.tensorrt import LIBRARY
 from keysieve.passes.graph import Graph
-from keysieve.passes.mask_span import Span
 from keysieve.passes.policies.triattention import QueryCentres, common_form
 from keysieve.plugins.contract import NODES
 from keysieve.version import __version__
@@ -104,8 +103,7 @@ def compile(
             metadata = _metadata(config, model_identity)
             quantized = export_onnx(graph, folder / MODEL, metadata, config.inline, config.weights)
             if config.target == "onnxruntime" and config.dtype == "float32" and not config.inline:
-                windows = {attention.layer: Span(attention.window, attention.chunk) for attention in matched.windowed}
-                export_for_onnxruntime(folder / MODEL, folder / NATIVE_MODEL, windows)
+                export_for_onnxruntime(folder / MODEL, folder / NATIVE_MODEL, matched.attentions)
             stage.note(f"{sum(f.stat().st_size for f in folder.iterdir()) / 1e6:,.0f} MB")
         built = write_plans(folder, folder / MODEL, config, limits, progress) if limits else {}
         with progress.stage("bundle"):
@@ -117,9 +115,9 @@ def compile(
             if statistics is not None:
                 statistics_file.save(statistics, folder / STATISTICS)
             report = replace(report, nodes=_node_counts(graph), target=config.target, plans=built.get("plans", []))
-            content = _manifest(loaded, tokenizer, config, model_identity, sizes, caches, report)
             if quantized:
-                content["quantized"] = asdict(quantized)
+                report = replace(report, quantized={"weights": config.weights, **asdict(quantized)})
+            content = _manifest(loaded, tokenizer, config, model_identity, sizes, caches, report)
             write_manifest(folder, {**content, **({"tensorrt": built} if built else {})})
     return report
 
@@ -204,6 +202,7 @@ def _manifest(
         "layers": [asdict(layer) for layer in report.layers],
         "nodes": report.nodes,
         **caches,
+        **({"quantized": report.quantized} if report.quantized else {}),
         "versions": {name: version(name) for name in ("torch", "transformers", "onnx", "onnxruntime")},
     }
 

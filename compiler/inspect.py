@@ -42,7 +42,10 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What `inspect` prints. Bytes count K and V: for a token, of the layers that grow; for the budget, of all."""
+    """What `inspect` prints. Bytes count K and V: for a token, of the layers that grow; for the budget, of all.
+
+    dtype: of the cache. quantized: what integer weights cost (see keysieve.export.quantize), empty without them.
+    """
 
     architecture: str
     layers: list[LayerReport]
@@ -54,6 +57,7 @@ class Report:
     eviction: dict[str, Any] = field(default_factory=dict)
     target: str = "onnxruntime"
     plans: list[dict[str, Any]] = field(default_factory=list)
+    quantized: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""
@@ -141,4 +145,5 @@ def _bundle_report(path: Path) -> Report:
         eviction,
         manifest["target"],
         manifest.get("tensorrt", {}).get("plans", []),
+        manifest.get("quantized", {}),
     )

@@ -13,7 +13,6 @@ import numpy as np
 from keysieve.compiler.runtimes import Buffer, Runtime
 from keysieve.errors import EngineError
 
-
 MOST_ROWS = (1 << 31) - 1  # lengths and limits are int32
 
 

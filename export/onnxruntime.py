@@ -5,36 +5,37 @@ becomes
     query, key, value, cos, sin -> KeySieveAttend
 
 which the custom-op library of keysieve.plugins.onnxruntime brings: one node a layer instead of some thirty, no copy of
-a cache, and work for the rows held instead of for the capacity. What does not have this form stays as it is.
+a cache, and work for the rows held instead of for the capacity. RoPE of another form than half-split over all dims stays
+in front of it, and layers of chunks stay as they are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from keysieve.passes.mask_span import Span
+from keysieve.passes.result import Attention
 from keysieve.plugins.contract import ATTEND, DOMAIN, NAMESPACE, UPDATE
 
 TOKENS_FIRST = (0, 2, 1, 3)  # [B,H,S,D] <-> [B,S,H,D]
 
 
-def export_for_onnxruntime(model: Path, output: Path, windows: Mapping[int, Span]) -> int:
+def export_for_onnxruntime(model: Path, output: Path, attentions: Sequence[Attention]) -> int:
     """Write the graph of `model` for ONNX Runtime with the library to `output`, beside it: they share their weights.
 
-    windows: what the layers see that have a window, by number; the others evict, and see all rows held.
+    attentions: those of the model, as they were found.
     Returns the number of layers whose attention is one node now.
     """
     graph_model = ir.load(model)
     graph = graph_model.graph
     fused = 0
     for node in [node for node in graph if node.domain == DOMAIN and node.op_type == UPDATE.name]:
-        layer = int((node.inputs[5].name or "").removeprefix("key_"))  # type: ignore[union-attr]
-        span = windows.get(layer, Span())
-        if not span.chunk:
-            fused += _fuse_attention(graph, node, span.window)
+        name = node.inputs[5].name  # type: ignore[union-attr]
+        attention = next(attention for attention in attentions if name == f"key_{attention.layer}")
+        fused += not attention.chunk and _fuse_attention(graph, node, attention)
     for node in graph:
         node.overload = ""  # the library's ops serve every shape
     _divide(graph)
@@ -45,13 +46,22 @@ def export_for_onnxruntime(model: Path, output: Path, windows: Mapping[int, Span
     return fused
 
 
-def _fuse_attention(graph: ir.Graph, update: ir.Node, window: int) -> bool:
+@dataclass(frozen=True)
+class _Read:
+    """Attention over a cache in the graph: its query and result [B,Hq,S,...], and the logits of its sinks [Hq]."""
+
+    query: ir.Value | None
+    result: ir.Value
+    sinks: ir.Value | None = None
+
+
+def _fuse_attention(graph: ir.Graph, update: ir.Node, attention: Attention) -> bool:
     """Put KeySieveAttend in place of the update, the attention behind it, and RoPE where it has the half-split form."""
     key_out, value_out = update.outputs
-    attention = _attention_of(key_out, value_out)
-    if attention is None:
+    read_cache = _read_of(key_out, value_out)
+    if read_cache is None or (read_cache.sinks is None) != (attention.sinks is None):
         return False
-    query, (*new_rows, length, plan, keep, key, value) = attention.inputs[0], update.inputs
+    query, (*new_rows, length, plan, keep, key, value) = read_cache.query, update.inputs
     # Where the caches are of another type, the op itself rounds the new rows.
     key_new, value_new = (cast.inputs[0] if (cast := _producer(row, "Cast")) else row for row in new_rows)
     query_rope, key_rope = _half_split(query), _half_split(key_new)
@@ -62,45 +72,69 @@ def _fuse_attention(graph: ir.Graph, update: ir.Node, window: int) -> bool:
     tokens_first = [_tokens_first(value, new) for value in (query, key_new, value_new)]
     attributes: dict[str, int | float | str] = {
         "layer": update.attributes["layer"].as_int(),
-        "scale": attention.attributes["scale"].as_float(),
-        "softcap": 0.0,
-        "window": window,
+        "scale": attention.scale,
+        "softcap": float(attention.softcap),
+        "window": attention.window,
         "plugin_version": ATTEND.version,
         "plugin_namespace": NAMESPACE,
     }
-    inputs = [*tokens_first, length, plan, keep, key, value, cos, sin]
-    attend = ir.node(ATTEND.name, inputs, attributes, domain=DOMAIN, num_outputs=3, name=attention.name)
+    inputs = [*tokens_first, length, plan, keep, key, value, cos, sin, read_cache.sinks]
+    attend = ir.node(ATTEND.name, inputs, attributes, domain=DOMAIN, num_outputs=3, name=update.name)
     read, *caches = attend.outputs
     for cache, old in zip(caches, (key_out, value_out), strict=True):
         cache.shape, cache.type = old.shape, old.type
-    result = attention.outputs[0]
+    result, names = read_cache.result, [key_out.name, value_out.name]
     read.type = result.type
-    uses = list(result.uses())
-    if len(uses) == 1 and _is_transpose(uses[0].node):
-        old_read, old_nodes = uses[0].node.outputs[0], [update, attention, uses[0].node]
-        new_nodes, new_read = [*new, attend], read
-    else:
-        back = ir.node("Transpose", [read], attributes={"perm": TOKENS_FIRST})
-        old_read, old_nodes = result, [update, attention]
-        new_nodes, new_read = [*new, attend, back], back.outputs[0]
-    names = [key_out.name, value_out.name]
-    ir.convenience.replace_nodes_and_values(
-        graph, attention, old_nodes, new_nodes, [key_out, value_out, old_read], [*caches, new_read]
-    )
-    for cache, name in zip(caches, names, strict=True):
-        cache.name = name
+    place: ir.Node = result.producer()  # type: ignore[assignment]
+    back = ir.node("Transpose", [read], attributes={"perm": TOKENS_FIRST})
+    graph.insert_after(place, [*new, attend, back])
+    for use in list(result.uses()):
+        if _is_transpose(use.node):
+            use.node.outputs[0].replace_all_uses_with(read)
+    result.replace_all_uses_with(back.outputs[0])
+    # Score reads the new caches, so they come from the new node before the old one is let go.
+    for old, cache, name in zip((key_out, value_out), caches, names, strict=True):
+        old.replace_all_uses_with(cache, replace_graph_outputs=True)
+        old.name, cache.name = None, name
     return True
 
 
-def _attention_of(key: ir.Value, value: ir.Value) -> ir.Node | None:
-    """The one Attention that reads both caches, cast or not."""
+def _read_of(key: ir.Value, value: ir.Value) -> _Read | None:
+    """The one attention that reads both caches, cast or not: a node, or insert_cache's own operations."""
+    readers = [use.node for use in _through_casts(value)]
     for use in _through_casts(key):
-        node = use.node
-        if node.op_type == "Attention" and any(
-            other.node is node and other.idx == 2 for other in _through_casts(value)
-        ):
-            return node
+        if use.node.op_type == "Attention" and use.node in readers:
+            return _Read(use.node.inputs[0], use.node.outputs[0])
+        if use.node.op_type != "Transpose":
+            continue
+        product = next((user.node for user in use.node.outputs[0].uses() if user.node.op_type == "MatMul"), None)
+        weighted = next((node for node in readers if node.op_type == "MatMul"), None)
+        if product is None or weighted is None:
+            continue
+        query, weights = _producer(product.inputs[0], "Reshape"), weighted.inputs[0]
+        result = next((user.node for user in weighted.outputs[0].uses() if user.node.op_type == "Reshape"), None)
+        softmax = _first_above(weights, "Softmax")
+        if query is not None and result is not None and softmax is not None:
+            sinks = _producer(softmax.inputs[0], "Concat")
+            return _Read(query.inputs[0], result.outputs[0], _first_of_one_axis(sinks.inputs[1]) if sinks else None)
     return None
+
+
+def _first_above(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """The node of that kind that makes the value, up the first inputs of others."""
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type != op_type:
+        first = node.inputs[0] if node.inputs else None
+        node = first.producer() if first is not None else None
+    return node
+
+
+def _first_of_one_axis(value: ir.Value | None) -> ir.Value | None:
+    """The value of one axis from which this one is reshaped and expanded."""
+    while value is not None and len(value.shape or ()) != 1:
+        node = value.producer()
+        value = node.inputs[0] if node is not None else None
+    return value
 
 
 def _through_casts(value: ir.Value) -> list[Any]:

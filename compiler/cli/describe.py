@@ -25,6 +25,7 @@ def report_rows(report: "Report") -> list[tuple[str, str]]:
     ]
     return [
         *([("policy", policy_of(eviction))] if nodes else []),
+        *([("weights", _weights(report.quantized))] if report.quantized else []),
         ("nodes inserted", nodes or "none: `keysieve compile` inserts them"),
         ("KV cache", f"{human_bytes(report.kv_bytes_per_token)} a token, {report.dtype}"),
         (
@@ -34,6 +35,14 @@ def report_rows(report: "Report") -> list[tuple[str, str]]:
         ),
         *plans,
     ]
+
+
+def _weights(quantized: Mapping[str, Any]) -> str:
+    before, after = (human_bytes(quantized[f"bytes_{when}"]) for when in ("before", "after"))
+    return (
+        f"{quantized['weights']}: {quantized['quantized']} of {quantized['products']} matrices, {after} in place of "
+        f"{before}; root mean square error {quantized['error']:.1%}"
+    )
 
 
 def policy_of(eviction: Mapping[str, Any]) -> str:

@@ -6,12 +6,17 @@ import numpy as np
 import onnx
 import pytest
 
-from keysieve.compiler.config import EvictionConfig, PolicyConfig
+from keysieve.compiler.cli import main
+from keysieve.compiler.compile import compile
+from keysieve.compiler.config import CompileConfig, EvictionConfig, PolicyConfig
 from keysieve.compiler.engine import load
+from keysieve.compiler.inspect import inspect
 from keysieve.compiler.runtimes.onnxruntime import OnnxRuntime
 from keysieve.errors import EngineError
 from keysieve.plugins.onnxruntime import build
-from support.bundles import tiny_bundle
+from support.bundles import QUIET, tiny_bundle
+from support.families import family_model
+from support.tiny_models import save_model
 
 pytestmark = pytest.mark.slow
 
@@ -46,6 +51,24 @@ def test_attentions_become_one_node(name, rotated, root):
     assert not found["KeySieveUpdate"] and not found["Attention"]
     assert (found["KeySieveScore"], found["KeySieveSelect"]) == (1, 1)
     assert rotated_inside(bundle) == rotated
+
+
+@pytest.mark.parametrize(
+    ("name", "fused"),
+    [
+        ("gemma2", True),  # capped logits, every other layer with a window
+        ("gpt_oss", True),  # sinks
+        ("llama4", False),  # chunks, and RoPE in complex numbers
+    ],
+)
+def test_families_become_one_node_too(name, fused, tmp_path):
+    """That they compute the same is what tests/test_families.py shows."""
+    eviction = EvictionConfig(PolicyConfig(centres="online"), budget=48, interval=16, sinks=2, recent=8)
+    compile(save_model(family_model(name), tmp_path / "model"), tmp_path / "bundle", CompileConfig(eviction), QUIET)
+    before, after = operators(tmp_path / "bundle", "model.onnx"), operators(tmp_path / "bundle")
+    assert (after["KeySieveAttend"] == before["KeySieveUpdate"]) == fused
+    assert after["KeySieveAttend"] + after["KeySieveUpdate"] == before["KeySieveUpdate"]
+    assert (after["Softmax"] == before["Softmax"]) == (not fused)
 
 
 def steps(engine, budget, prompt=30, new=40):
@@ -130,3 +153,14 @@ def test_memory_that_is_not_there(root):
         engine.session(capacity=1 << 30, batch=1 << 8, dense=True)
     with pytest.raises(EngineError, match="a cache has 1 to 2,147,483,646 rows"):
         engine.session(capacity=1 << 31, dense=True)
+
+
+def test_the_report_says_what_integer_weights_cost(root, capsys):
+    bundle = tiny_bundle("llama", EVICTION, root, weights="int4", kv_dtype="float16")
+    found = inspect(bundle)
+    assert found.dtype == "float16"
+    assert found.quantized["weights"] == "int4" and 0.01 < found.quantized["error"] < 0.15
+    assert found.quantized["products"] == found.quantized["quantized"] == 3 * 7 + 1
+    assert main(["inspect", str(bundle)]) == 0
+    assert "int4: 22 of 22 matrices" in capsys.readouterr().out
+    assert not inspect(tiny_bundle("llama", EVICTION, root)).quantized
