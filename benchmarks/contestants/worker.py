@@ -37,9 +37,9 @@ class Contestant:
         """Bytes of memory that keys and values take now."""
         raise NotImplementedError
 
-    def rows(self) -> int:
-        """Rows that the next token of the first sequence attends to, as far as the library tells; else -1."""
-        return -1
+    def rows(self) -> int | None:
+        """Rows that the first sequence holds, where the library tells."""
+        return None
 
     def versions(self) -> dict[str, str]:
         """Name -> version of the libraries that did the work."""
