@@ -54,8 +54,10 @@ VARIANTS = [  # contestant, policy, weights, kv_dtype
     ("official", "triattention", "float32", "float32"),
 ]
 ALL_ROWS = ("dense", "plain")  # policies without a budget
-WHOLE_PROMPT = ("hf", "torch-compile", "kvpress", "official", "keysieve-dense")  # 32k of it take them an hour
+WIDE = ("hf", "torch-compile", "kvpress")  # a prompt of 8k times 8 takes them ten minutes
+LONG = (*WIDE, "official", "keysieve-dense")  # and one of 32k longer
 ONE_SEQUENCE = ("official",)
+PREFILL = ("keysieve", "hf", "openvino-genai", "llama.cpp")  # others read a prompt as one of these does
 QUANTISED = [("int8", "float32"), ("int4", "float32"), ("float32", "float16"), ("int4", "float16")]
 
 COUNTERS = ("tokens", "rows_held", "rows_evicted", "rounds")
@@ -68,8 +70,9 @@ class Sizes:
     histories: list[int] = field(default_factory=lambda: [2048, 8192, 32768])
     budgets: list[int] = field(default_factory=lambda: [512, 1024, 2048])
     pairs: int = 5
-    prefill: int = 8192
-    memory: int = 512  # new tokens
+    batched: tuple[int, int] = (8192, 2048)  # history and budget at which batches are measured
+    prefill: int = 8192  # tokens of a prompt; memory: and of what is generated after it
+    memory: int = 512
     length: tuple[int, int] = (4096, 32768)
     fidelity: int = 1024
     endless: int = 100_000
@@ -77,7 +80,7 @@ class Sizes:
 
     @classmethod
     def quick(cls) -> "Sizes":
-        return cls([512], [256], 2, 512, 128, (512, 1024), 256, 1024, 256)
+        return cls([512], [256], 2, (512, 256), 512, 128, (512, 1024), 256, 1024, 256)
 
 
 class Benchmark:
@@ -96,12 +99,8 @@ class Benchmark:
             for history in self.sizes.histories:
                 for budget in self.sizes.budgets:
                     for batch in self.options.batch:
-                        if budget < history and (batch == 1 or (history, budget) == self._largest()):
+                        if budget < history and (batch == 1 or (history, budget) == self.sizes.batched):
                             self._decode(self._entries(weights, history, budget, batch))
-
-    def _largest(self) -> tuple[int, int]:
-        """The one setting that batches are measured at: 8k to 2048."""
-        return sorted(self.sizes.histories)[:2][-1], max(self.sizes.budgets)
 
     def _decode(self, entries: list[Entry], workload: str = "decode") -> None:
         with ExitStack() as stack:
@@ -122,7 +121,7 @@ class Benchmark:
         worker("decode", steps=INTERVAL)
 
     def _decoded(self, workload: str, entry: Entry, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        row = self._row(workload, entry, samples, INTERVAL)
+        row = self._row(workload, entry, samples)
         if entry.budget is not None:
             for name, clock in (("round_ms", "wall"), ("round_ms_cpu", "cpu")):
                 row[name] = 1e3 * round_seconds([sample[f"step_{clock}_s"] for sample in samples])
@@ -141,7 +140,7 @@ class Benchmark:
         """The whole prompt, from an empty cache, at the largest budget."""
         for weights in ("int4", "float32"):
             entries = self._entries(weights, self.sizes.prefill, max(self.sizes.budgets), 1)
-            entries = [entry for entry in entries if entry.contestant not in ("kvpress", "official", "onnxruntime")]
+            entries = [entry for entry in entries if entry.contestant in PREFILL]
             with ExitStack() as stack:
                 workers = self._start(stack, entries)
                 samples: dict[Entry, list[dict[str, Any]]] = {entry: [] for entry in workers}
@@ -150,14 +149,15 @@ class Benchmark:
                 for _ in range(self.sizes.pairs):
                     for entry, worker in workers.items():
                         samples[entry].append(worker("prefill", tokens=self.prompt[: entry.history]))
-                rows = [self._row("prefill", entry, taken, entry.history) for entry, taken in samples.items()]
+                rows = [self._row("prefill", entry, taken) for entry, taken in samples.items()]
             self._save("prefill", rows, samples)
 
     def memory(self) -> None:
         """A fresh process each: the prompt, and what is generated after it."""
-        history = sorted(self.sizes.histories)[:2][-1]
         settings = [(weights, budget) for weights in ("int4", "float32") for budget in self.sizes.budgets]
-        entries = [entry for weights, budget in settings for entry in self._entries(weights, history, budget, 1)]
+        entries = [
+            entry for weights, budget in settings for entry in self._entries(weights, self.sizes.prefill, budget, 1)
+        ]
         for entry in dict.fromkeys(entries):  # those that keep all rows have no budget
             with ExitStack() as stack:
                 for worker in self._start(stack, [entry]).values():
@@ -187,11 +187,11 @@ class Benchmark:
     def _series(self, workload: str, entry: Entry, worker: Worker, tokens: int, every: int) -> dict[str, Any]:
         """Decode in parts, and note speed and memory after each."""
         samples = [worker("decode", steps=min(every, tokens - done)) for done in range(0, tokens, every)]
-        row = self._row(workload, entry, samples, every)
+        row = self._row(workload, entry, samples)
         row["series"] = [
             {
                 "tokens": min(tokens, (number + 1) * every),
-                "ms_cpu": 1e3 * sample["cpu_s"] / len(sample["tokens"]),
+                "ms_cpu": row["samples_ms_cpu"][number],
                 **{name: sample[name] for name in ("rss", "kv_bytes", "rows")},
             }
             for number, sample in enumerate(samples)
@@ -258,13 +258,17 @@ class Benchmark:
         return made
 
     def _wanted(self, entry: Entry) -> bool:
+        """Whether it was asked for by name, or does not take too long to be measured unasked."""
         given = self.options
-        return (
-            (not given.only or entry.contestant in given.only)
-            and (not given.weights or entry.weights in given.weights)
-            and not (entry.history > 8192 and entry.contestant in WHOLE_PROMPT)
-            and not (entry.batch > 1 and entry.contestant in ONE_SEQUENCE)
-        )
+        if given.weights and entry.weights not in given.weights:
+            return False
+        if entry.batch > 1 and entry.contestant in ONE_SEQUENCE:
+            return False
+        if given.only:
+            return entry.contestant in given.only
+        if entry.batch > 1 and entry.contestant in WIDE:
+            return False
+        return not (entry.history > 8192 and entry.contestant in LONG)
 
     def _allowed(self, entry: Entry) -> bool:
         """Whether the model's positions suffice, or the user said that they need not."""
@@ -317,16 +321,20 @@ class Benchmark:
     def _blank(self, workload: str, entry: Entry) -> dict[str, Any]:
         return {"workload": workload, **asdict(entry), "threads": self.options.threads}
 
-    def _row(self, workload: str, entry: Entry, samples: Sequence[dict[str, Any]], tokens: int) -> dict[str, Any]:
-        """Medians over samples of `tokens` tokens each."""
+    def _row(self, workload: str, entry: Entry, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Medians over samples: each of some decoded tokens, or of the whole prompt."""
+
+        def milliseconds(clock: str) -> list[float]:
+            return [1e3 * sample[clock] / len(sample.get("tokens", range(entry.history))) for sample in samples]
+
         row = {
             **self._blank(workload, entry),
-            "ms_per_token": 1e3 * statistics.median(sample["wall_s"] for sample in samples) / tokens,
-            "ms_cpu": 1e3 * statistics.median(sample["cpu_s"] for sample in samples) / tokens,
+            "ms_per_token": statistics.median(milliseconds("wall_s")),
+            "ms_cpu": statistics.median(milliseconds("cpu_s")),
             "kv_bytes": samples[-1]["kv_bytes"],
             "peak_rss": samples[-1]["peak_rss"],
             "rows_held": samples[-1]["rows"],
-            "samples_ms_cpu": [1e3 * sample["cpu_s"] / tokens for sample in samples],
+            "samples_ms_cpu": milliseconds("cpu_s"),
         }
         print(
             f"{workload:8} {entry.history:6} {entry.budget or 'all':>5} x{entry.batch}  {entry!s:42} "
@@ -400,7 +408,7 @@ def main() -> None:
         return [int(number) for number in text.split(",")]
 
     parser.add_argument("--workloads", type=names, default=list(workloads), help=f"of {', '.join(workloads)}")
-    parser.add_argument("--only", type=names, help=f"of {', '.join(SETUPS)}; keysieve is what ratios are taken of")
+    parser.add_argument("--only", type=names, help=f"of {', '.join(SETUPS)} (default: all but what takes very long)")
     parser.add_argument("--weights", type=names, help="of int4, float32; int8 too for fidelity")
     parser.add_argument("--history", type=numbers, help="prompt tokens (default 2048,8192,32768)")
     parser.add_argument("--budgets", type=numbers, help="rows kept (default 512,1024,2048)")

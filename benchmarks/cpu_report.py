@@ -63,8 +63,8 @@ measures this (`python benchmarks/cpu.py --help`: any part of it), writes \
 Contestants run in processes of their own, pinned to as many cores as they have threads, and all of one comparison \
 stay loaded and take turns: a ratio is the median over turns of the ratios within a turn. A turn is 128 greedy tokens, \
 so it holds one round of everybody who evicts in rounds. **ms CPU** is the time that a process computed, the measure \
-to trust on a shared machine; ratios and targets are of it. 32k tokens are beyond the 8,192 positions of this model: \
-such rows say what it costs, not what it writes.
+to trust on a shared machine; ratios and targets are of it. With a batch, a token is one of every sequence. 32k tokens \
+are beyond the 8,192 positions of this model: such rows say what it costs, not what it writes.
 
 ## Contestants
 

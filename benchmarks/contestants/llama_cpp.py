@@ -1,8 +1,8 @@
 """llama.cpp through llama-cpp-python's low-level API.
 
 policy: window keeps `budget` rows by hand, the first 4 and the last ones, and shifts their positions whenever
-`interval` more were added (nothing is scored); dense keeps all. K and V are float16, llama.cpp's default; flash attention
-is off, since it took 1.6 times as long a token.
+`interval` more were added (nothing is scored); dense keeps all. K and V are float16, llama.cpp's default. Flash
+attention is off: with it a token took 1.6 times as long.
 """
 
 from importlib.metadata import version

@@ -1,8 +1,9 @@
 """OpenVINO GenAI: its continuous-batching pipeline, with its own cache eviction (scores of attention, block by block).
 
 policy: norm_sum, its default aggregation, or dense; with -f32 it computes in float32, else in the precision that it
-chooses (float32 decodes faster and reads prompts slower where the CPU grants no AMX). 32 start tokens and 128 recent ones are kept, as near to keysieve's
-protection as its blocks of 32 allow. apply_rotation and ADAPTIVE_RKV crash in 2026.4.1, so both stay off.
+chooses (where the CPU grants no AMX, float32 decodes faster and reads prompts slower). 32 start tokens and 128 recent
+ones are kept, as near to keysieve's protection as its blocks of 32 allow. apply_rotation and ADAPTIVE_RKV crash in
+2026.4.1, so both stay off.
 """
 
 from importlib.metadata import version
