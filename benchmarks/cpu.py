@@ -1,8 +1,8 @@
 """Every contestant that runs on a CPU, side by side: decoding, prefill, memory, eviction rounds, endless text, KL.
 
-    python benchmarks/cpu.py [--workloads decode,...] [--only CONTESTANT,...] [--weights int4,...] [--history 8192,...]
-                             [--budgets 512,...] [--batch 1,8] [--pairs 5] [--threads 1] [--official DIR]
-                             [--ignore-position-limit] [--endless] [--quick] [--report]
+    python benchmarks/cpu.py [--workloads decode,...] [--only CONTESTANT,...] [--weights int4,...] [--kv-dtype float16]
+                             [--history 8192,...] [--budgets 512,...] [--batch 1,8] [--pairs 5] [--threads 1]
+                             [--official DIR] [--ignore-position-limit] [--endless] [--quick] [--report]
 
 Contestants run in processes of their own (benchmarks/contestants), on `threads` cores each. All of one comparison stay
 loaded and take turns, A B C A B C ...: a ratio is the median over turns of the ratios of neighbours. What is measured
@@ -262,6 +262,8 @@ class Benchmark:
         given = self.options
         if given.weights and entry.weights not in given.weights:
             return False
+        if entry.contestant == "keysieve" and given.kv_dtype and entry.kv_dtype not in given.kv_dtype:
+            return False
         if entry.batch > 1 and entry.contestant in ONE_SEQUENCE:
             return False
         if given.only:
@@ -410,6 +412,7 @@ def main() -> None:
     parser.add_argument("--workloads", type=names, default=list(workloads), help=f"of {', '.join(workloads)}")
     parser.add_argument("--only", type=names, help=f"of {', '.join(SETUPS)} (default: all but what takes very long)")
     parser.add_argument("--weights", type=names, help="of int4, float32; int8 too for fidelity")
+    parser.add_argument("--kv-dtype", type=names, help="of keysieve's caches: float32, float16")
     parser.add_argument("--history", type=numbers, help="prompt tokens (default 2048,8192,32768)")
     parser.add_argument("--budgets", type=numbers, help="rows kept (default 512,1024,2048)")
     parser.add_argument("--batch", type=numbers, default=[1, 8], help="sequences (default 1,8)")
@@ -424,7 +427,7 @@ def main() -> None:
     if options.report:
         write_report(json.loads(RESULT.read_text()))
         return
-    unknown = {*options.workloads} - {*workloads} | {*(options.only or [])} - {*SETUPS}
+    unknown = {*options.workloads} - {*workloads, "endless"} | {*(options.only or [])} - {*SETUPS}
     if unknown:
         parser.error(f"there is no {', '.join(sorted(unknown))}")
     sizes = Sizes.quick() if options.quick else Sizes()
@@ -434,7 +437,7 @@ def main() -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     benchmark = Benchmark(options, sizes, QUICK if options.quick else RESULT)
     benchmark.versions["driver"] = {"keysieve": version("keysieve"), "python": platform.python_version()}
-    for workload in [*options.workloads, *(["endless"] if options.endless else [])]:
+    for workload in dict.fromkeys([*options.workloads, *(["endless"] if options.endless else [])]):
         getattr(benchmark, workload)()
     if not options.quick:
         write_report(json.loads(RESULT.read_text()))

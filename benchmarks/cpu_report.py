@@ -184,7 +184,7 @@ def _pictures(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
     made: dict[str, tuple[str, str]] = {}
 
     def add(name: str, title: str, x_label: str, y_label: str, lines: dict[str, Points]) -> None:
-        if lines:
+        if any(line.startswith("keysieve ") for line in lines):
             made[f"{PICTURES}/{name}.svg"] = title, line_chart(title, x_label, y_label, lines)
 
     for weights in ("int4", "float32"):

@@ -8,7 +8,7 @@ Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 560, 300  # of the plot itself
 LEFT, TOP, BOTTOM = 70, 48, 50
-LEGEND = 260
+LEGEND = 320
 TICKS = 6
 COLOURS = ("#0b4f9c", "#d6604d", "#1b7837", "#762a83", "#b8860b", "#444444", "#e377c2", "#17a2b8")
 DASHES = ("", "6 3", "2 3")  # lines beyond the last colour take the next dash
