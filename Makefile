@@ -22,7 +22,7 @@ DEMO_TEXT   ?= docs/method.md
 DEMO_PROMPT ?= Tell me a long story about a lighthouse keeper who finds a map in a bottle.
 
 MODELS_ARGS ?=
-BENCH       ?= $(addprefix benchmarks/,fidelity.py decode.py endurance.py layers.py)
+BENCH       ?= $(addprefix benchmarks/,fidelity.py decode.py endurance.py layers.py cpu.py)
 BENCH_ARGS  ?=
 PYTEST_ARGS ?=
 # Two processes, each with one thread; the tests of a file share what they compile, so they stay together.
