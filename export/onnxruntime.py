@@ -5,8 +5,8 @@ becomes
     query, key, value, cos, sin -> KeySieveAttend
 
 which the custom-op library of keysieve.plugins.onnxruntime brings: one node a layer instead of some thirty, no copy of
-a cache, and work for the rows held instead of for the capacity. RoPE of another form than half-split over all dims stays
-in front of it, and layers of chunks stay as they are.
+a cache, and work for the rows held instead of for the capacity. RoPE stays in front of it where it is not half-split
+over all dims, and layers of chunks stay as they are.
 """
 
 from collections.abc import Sequence

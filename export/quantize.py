@@ -11,6 +11,7 @@ embedding, which becomes GatherBlockQuantized.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -45,66 +46,133 @@ class _Matrix:
     transposed: bool
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """K and N."""
+        first, second = (int(size) for size in self.tensor.shape)  # type: ignore[arg-type]
+        return (second, first) if self.transposed else (first, second)
+
+    @property
     def depth_first(self) -> np.ndarray:
         array = self.tensor.numpy()
         return np.ascontiguousarray(array.T if self.transposed else array)
 
 
 def quantize(model: ir.Model, weights: str) -> Quantized:
-    """Replace every product of float activations with a constant matrix; weights: "int8" or "int4"."""
-    from onnxruntime.quantization.matmul_nbits_quantizer import (
-        DefaultWeightOnlyQuantConfig,
-        DefaultWeightOnlyQuantizer,
-    )
+    """Replace every product of float activations with a constant matrix; weights: "int8" or "int4".
 
-    def quantizer(bits: int) -> DefaultWeightOnlyQuantizer:
-        return DefaultWeightOnlyQuantizer(DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=False, bits=bits))
-
-    made: dict[tuple[str, int], list[ir.Value]] = {}  # by name and bits: several products may use one matrix
-    tables: dict[str, list[ir.Value]] = {}
+    Products of the same activations (query, key and value; gate and up) become one, whose result is split.
+    """
+    integers = _Integers(model)
     last = _products_before(model.graph.outputs)
-    products = done = before = after = 0
-    squares = errors = 0.0
+    products = 0
+    alike: dict[Any, list[tuple[ir.Node, _Matrix]]] = {}
     for node in [node for node in model.graph if node.op_type == "MatMul"]:
         matrix = _constant_matrix(node.inputs[1])
-        if matrix is None:
-            continue
-        products += 1
-        if matrix.tensor.dtype != ir.DataType.FLOAT:
-            continue
-        floats = matrix.depth_first
-        depth, columns = floats.shape
-        bits = 8 if node in last else BITS[weights]
-        if (matrix.name, bits) not in made:
-            packed, scales, zeros = parts = quantizer(bits).qbits_block_quant(floats)
-            names = (f"{matrix.name}_{kind}{bits}" for kind in ("int", "scale", "zero"))
-            made[matrix.name, bits] = [_initializer(model, *pair) for pair in zip(names, parts, strict=True)]
-            before, after = before + floats.nbytes, after + sum(part.nbytes for part in parts)
-            squares += float(np.square(floats).sum(dtype=np.float64))
-            difference = floats - _dequantized(packed, scales, zeros, bits)[:depth]
-            errors += float(np.square(difference).sum(dtype=np.float64))
-        attributes = {"K": depth, "N": columns, "bits": bits, "block_size": BLOCK, "accuracy_level": INT8_ACTIVATIONS}
-        inputs = [node.inputs[0], *made[matrix.name, bits]]
-        _replace(model, node, ir.node("MatMulNBits", inputs, attributes, domain=DOMAIN, name=node.name))
-        done += 1
+        products += matrix is not None
+        if matrix is not None and matrix.tensor.dtype == ir.DataType.FLOAT:
+            bits = 8 if node in last else BITS[weights]
+            alike.setdefault((node.inputs[0], bits), []).append((node, matrix))
+    for (x, bits), members in alike.items():
+        _replace_products(model.graph, x, bits, members, integers.products([matrix for _, matrix in members], bits))
     for node in [node for node in model.graph if node.op_type == "Gather"]:
         matrix = _constant_matrix(node.inputs[0])
-        if matrix is None or matrix.transposed or not _fits_gather(node, matrix.tensor):
-            continue
-        if matrix.name not in tables:
-            floats = matrix.tensor.numpy()
-            packed, scales, zeros = quantizer(8).qbits_block_quant(np.ascontiguousarray(floats.T))
-            parts = packed.reshape(floats.shape), scales.reshape(len(floats), -1), zeros.reshape(len(floats), -1)
-            names = (f"{matrix.name}_{kind}8_rows" for kind in ("int", "scale", "zero"))
-            tables[matrix.name] = [_initializer(model, *pair) for pair in zip(names, parts, strict=True)]
-            before, after = before + floats.nbytes, after + sum(part.nbytes for part in parts)
-        data, scale, zero = tables[matrix.name]
-        attributes = {"bits": 8, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
-        inputs = [data, node.inputs[1], scale, zero]
-        _replace(model, node, ir.node("GatherBlockQuantized", inputs, attributes, domain=DOMAIN, name=node.name))
+        if matrix is not None and not matrix.transposed and _fits_gather(node, matrix.tensor):
+            data, scale, zero = integers.table(matrix)
+            attributes = {"bits": 8, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
+            lookup = ir.node("GatherBlockQuantized", [data, node.inputs[1], scale, zero], attributes, domain=DOMAIN)
+            model.graph.insert_before(node, lookup)
+            _take_over(node.outputs[0], lookup.outputs[0])
     RemoveUnusedNodesPass()(model)
     model.opset_imports[DOMAIN] = 1
-    return Quantized(products, done, before, after, (errors / squares) ** 0.5 if squares else 0.0)
+    done = sum(map(len, alike.values()))
+    return Quantized(products, done, integers.bytes_before, integers.bytes_after, integers.error)
+
+
+class _Integers:
+    """Makes the integer forms of matrices, each once, and counts what that costs."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._model = model
+        self._made: dict[Any, list[ir.Value]] = {}
+        self.bytes_before = self.bytes_after = 0
+        self._squares = self._errors = 0.0
+
+    @property
+    def error(self) -> float:
+        return (self._errors / self._squares) ** 0.5 if self._squares else 0.0
+
+    def products(self, matrices: Sequence[_Matrix], bits: int) -> list[ir.Value]:
+        """Weights, scales and zeros of matrices [K,N] side by side, as MatMulNBits takes them."""
+        names = [matrix.name for matrix in matrices]
+        key = (*names, bits)
+        if key not in self._made:
+            floats = np.concatenate([matrix.depth_first for matrix in matrices], axis=1)
+            packed, scales, zeros = self._quantize(floats, bits)
+            self._squares += float(np.square(floats).sum(dtype=np.float64))
+            difference = floats - _dequantized(packed, scales, zeros, bits)[: len(floats)]
+            self._errors += float(np.square(difference).sum(dtype=np.float64))
+            self._made[key] = self._initializers(f"{'+'.join(names)}_{bits}bits", packed, scales, zeros)
+        return self._made[key]
+
+    def table(self, matrix: _Matrix) -> list[ir.Value]:
+        """Rows [N,K], scales and zeros [N,K/BLOCK] with 8 bits, as GatherBlockQuantized takes them."""
+        if matrix.name not in self._made:
+            floats = matrix.tensor.numpy()
+            packed, scales, zeros = self._quantize(np.ascontiguousarray(floats.T), 8)
+            parts = packed.reshape(floats.shape), scales.reshape(len(floats), -1), zeros.reshape(len(floats), -1)
+            self._made[matrix.name] = self._initializers(f"{matrix.name}_rows", *parts)
+        return self._made[matrix.name]
+
+    def _quantize(self, floats: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        from onnxruntime.quantization.matmul_nbits_quantizer import (
+            DefaultWeightOnlyQuantConfig,
+            DefaultWeightOnlyQuantizer,
+        )
+
+        config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=False, bits=bits)
+        parts = DefaultWeightOnlyQuantizer(config).qbits_block_quant(floats)
+        self.bytes_before += floats.nbytes
+        self.bytes_after += sum(part.nbytes for part in parts)
+        return parts
+
+    def _initializers(self, name: str, *arrays: np.ndarray) -> list[ir.Value]:
+        values = []
+        for kind, array in zip(("weight", "scale", "zero"), arrays, strict=True):
+            tensor = ir.tensor(array, name=f"{name}_{kind}")
+            shape, dtype = ir.Shape(array.shape), ir.TensorType(tensor.dtype)
+            value = ir.Value(name=tensor.name, shape=shape, type=dtype, const_value=tensor)
+            self._model.graph.register_initializer(value)
+            values.append(value)
+        return values
+
+
+def _replace_products(
+    graph: ir.Graph, x: Any, bits: int, members: Sequence[tuple[ir.Node, _Matrix]], integers: Sequence[ir.Value]
+) -> None:
+    sizes = [matrix.shape[1] for _, matrix in members]
+    attributes = {
+        "K": members[0][1].shape[0],
+        "N": sum(sizes),
+        "bits": bits,
+        "block_size": BLOCK,
+        "accuracy_level": INT8_ACTIVATIONS,
+    }
+    product = ir.node("MatMulNBits", [x, *integers], attributes, domain=DOMAIN)
+    new, results = [product], product.outputs
+    if len(members) > 1:
+        lengths = ir.node("Constant", [], {"value_ints": sizes})
+        split = ir.node("Split", [product.outputs[0], lengths.outputs[0]], {"axis": -1}, num_outputs=len(sizes))
+        new, results = [product, lengths, split], split.outputs
+    graph.insert_before(members[0][0], new)
+    for (node, _), result in zip(members, results, strict=True):
+        _take_over(node.outputs[0], result)
+
+
+def _take_over(old: ir.Value, new: ir.Value) -> None:
+    """The new value in place of the old one, which nothing uses then."""
+    name, old.name = old.name, None
+    new.name, new.shape, new.type = name, old.shape, old.type
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
 def _fits_gather(node: ir.Node, table: ir.TensorProtocol) -> bool:
@@ -153,16 +221,3 @@ def _constant_matrix(value: ir.Value | None) -> _Matrix | None:
     if source is None or tensor is None or len(tensor.shape) != 2:
         return None
     return _Matrix(source.name or "", tensor, transposed)
-
-
-def _initializer(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    model.graph.register_initializer(value)
-    return value
-
-
-def _replace(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
-    value, result = old.outputs[0], new.outputs[0]
-    result.name, result.shape, result.type = value.name, value.shape, value.type
-    ir.convenience.replace_nodes_and_values(model.graph, old, [old], [new], [value], [result])

@@ -61,6 +61,30 @@ def test_products_with_constants_become_integers(weights: str, bits: tuple[int, 
     assert {"first", "head", "table"}.isdisjoint(changed.graph.initializers)
 
 
+def test_products_of_the_same_activations_become_one() -> None:
+    rng = np.random.default_rng(1)
+    weights = {name: rng.normal(size=(columns, DEPTH)).astype(np.float32) for name, columns in (("a", 24), ("b", 40))}
+    nodes = [
+        *(helper.make_node("Transpose", [name], [f"{name}_t"], perm=[1, 0]) for name in weights),
+        *(helper.make_node("MatMul", ["x", f"{name}_t"], [f"x{name}"]) for name in weights),
+        helper.make_node("Concat", ["xb", "xa"], ["both"], axis=1),
+    ]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, DEPTH])]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("both", "xa")]
+    initializers = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "one input", inputs, outputs, initializers)
+    changed = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11))
+    assert quantize(changed, "int8").quantized == 2
+    (product,) = (node for node in changed.graph if node.op_type == "MatMulNBits")
+    assert product.attributes["N"].value == 64
+    session = ort.InferenceSession(ir.to_proto(changed).SerializeToString(), providers=["CPUExecutionProvider"])
+    x = rng.normal(size=(3, DEPTH)).astype(np.float32)
+    both, first = session.run(None, {"x": x})
+    wanted = np.concatenate([x @ weights["b"].T, x @ weights["a"].T], 1)
+    np.testing.assert_allclose(both, wanted, atol=0.02 * np.abs(wanted).max())
+    assert np.array_equal(first, both[:, 40:])
+
+
 def test_a_table_that_does_not_fit_stays() -> None:
     """Rows that are no whole blocks, and columns that are looked up."""
     narrow, across = model(), model()
