@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from keysieve.passes.result import Attention
-from keysieve.plugins.contract import ATTEND, DOMAIN, NAMESPACE, UPDATE
+from keysieve.plugins.contract import ATTEND, DOMAIN, NAMESPACE, NODES, UPDATE
 
 TOKENS_FIRST = (0, 2, 1, 3)  # [B,H,S,D] <-> [B,S,H,D]
 
@@ -40,8 +40,8 @@ def export_for_onnxruntime(model: Path, output: Path, attentions: Sequence[Atten
         node.overload = ""  # the library's ops serve every shape
     _divide(graph)
     common.RemoveUnusedNodesPass()(graph_model)
-    common.RemoveUnusedFunctionsPass()(graph_model)
-    graph_model.functions.clear()
+    for identifier in [key for key in graph_model.functions if key[1] in {node.name for node in NODES}]:
+        del graph_model.functions[identifier]  # the library has these
     ir.save(graph_model, output)
     return fused
 

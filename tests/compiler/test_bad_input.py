@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -320,7 +321,10 @@ def test_files_that_cannot_be_written(
     """Real failing writes: the process may write files of `largest` bytes only."""
     model = tiny_folder("llama_mha", root)
     if largest < 100_000:  # so that later files are reached
-        monkeypatch.setattr(compile_module, "export_onnx", lambda graph, path, *rest: path.write_bytes(b"graph"))
+        monkeypatch.setattr(
+            compile_module, "export_onnx", lambda graph, path, *rest: path.write_bytes(b"graph") and None
+        )
+        monkeypatch.setattr(compile_module, "export_for_onnxruntime", lambda *paths: None)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
     try:
@@ -358,11 +362,13 @@ def test_a_bundle_of_another_version(bundle: Path, tmp_path: Path) -> None:
         load(copy)
 
 
-def test_a_graph_that_the_runtime_cannot_load(bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "native"), [("model.onnx", False), ("model.onnxruntime.onnx", True)])
+def test_a_graph_that_the_runtime_cannot_load(name: str, native: bool, bundle: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(bundle, tmp_path / "bundle")
+    content = b"no graph"
     manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["files"].pop("model.onnx")
+    manifest["files"][name] = {"bytes": len(content), "sha256": sha256(content).hexdigest()}
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    (copy / "model.onnx").write_bytes(b"no graph")
-    with refused(BundleError, "model.onnx: ONNX Runtime cannot load it", untouched=tmp_path):
-        load(copy)
+    (copy / name).write_bytes(content)
+    with refused(BundleError, f"{name}: ONNX Runtime cannot load it", untouched=tmp_path):
+        load(copy, native=native)
