@@ -1,9 +1,12 @@
 """Many architectures, the whole way: compiled and run against HuggingFace and the masked reference, or refused."""
 
+import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -31,6 +34,7 @@ def test_compiled_whole(name: str, tmp_path: Path) -> None:
     # Without a rotation, there is no series in the distance to score with.
     eviction = replace(EVICTION, policy=PolicyConfig("key-norm")) if pairing == "nope" else EVICTION
     compile(save_model(model, tmp_path / "model"), tmp_path / "bundle", CompileConfig(eviction), QUIET)
+    check_attentions_are_one_node(tmp_path / "bundle")
     engine = load(tmp_path / "bundle", threads=1)
     model.set_attn_implementation("eager")  # leaves nothing out: in older transformers sdpa has no softcap
     with torch.no_grad():
@@ -55,6 +59,16 @@ def test_compiled_whole(name: str, tmp_path: Path) -> None:
     else:
         evicted = EVICTION.budget + EVICTION.interval
         assert np.abs(found[evicted:] - wanted[evicted:]).max() > 1e-3
+
+
+def check_attentions_are_one_node(bundle: Path) -> None:
+    """In the graph for ONNX Runtime: all but those of chunks, whatever caps, sinks and windows they have."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    chunked = [window["chunk"] > 0 for window in manifest["windows"]]
+    apart = sum(cache["window"] is not None and chunked[cache["window"]] for cache in manifest["caches"])
+    nodes = onnx.load(bundle / "model.onnxruntime.onnx", load_external_data=False).graph.node
+    found = Counter(node.op_type for node in nodes)
+    assert (found["KeySieveAttend"], found["KeySieveUpdate"]) == (len(manifest["caches"]) - apart, apart)
 
 
 @pytest.mark.parametrize("name", REFUSED)
