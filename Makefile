@@ -44,7 +44,8 @@ help:
 
 venv: $(READY)
 
-$(READY): pyproject.toml
+# pip builds the custom ops of ONNX Runtime, so their sources count too.
+$(READY): pyproject.toml $(wildcard plugins/onnxruntime/*.cpp plugins/onnxruntime/*.h plugins/onnxruntime/*.inc)
 	$(PYTHON) -c 'import sys; sys.exit("keysieve needs Python 3.11 or newer (make PYTHON=...)" if sys.version_info < (3, 11) else 0)'
 	echo "installing into $(VENV) (some minutes)"
 	$(PYTHON) -m venv $(VENV)

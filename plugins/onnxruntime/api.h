@@ -1,8 +1,8 @@
 // The part of ONNX Runtime's C API that the library uses, declared from its documentation.
 //
 // The function table is append-only, so an entry's place never changes: OrtApi is read as an array of pointers. Neither
-// the PyPI package nor most distributions bring the headers; with -DKEYSIEVE_ORT_HEADERS and their folder on the
-// include path, check_api.cpp compares every place with the official ones.
+// the PyPI package nor most distributions bring the headers; where they are, this compares every place with theirs:
+//     g++ -std=c++17 -fsyntax-only -DKEYSIEVE_ORT_HEADERS -I FOLDER library.cpp
 #pragma once
 
 #include <cstddef>
@@ -28,6 +28,7 @@ enum Characteristic : int { kRequired = 0, kOptional = 1, kVariadic = 2 };
 // Places in the function table.
 enum Place : size_t {
     kCreateStatus = 0,
+    kGetErrorMessage = 2,
     kCreateCustomOpDomain = 26,
     kCustomOpDomainAdd = 27,
     kAddCustomOpDomain = 28,
@@ -97,3 +98,34 @@ struct CustomOp {
 };
 
 } // namespace keysieve::ort
+
+#ifdef KEYSIEVE_ORT_HEADERS
+#include <onnxruntime_c_api.h>
+
+#define KEYSIEVE_PLACE(place, member) \
+    static_assert(offsetof(OrtApi, member) == keysieve::ort::place * sizeof(void*), #member)
+#define KEYSIEVE_MEMBER(ours, theirs) \
+    static_assert(offsetof(keysieve::ort::CustomOp, ours) == offsetof(OrtCustomOp, theirs), #theirs)
+KEYSIEVE_PLACE(kCreateStatus, CreateStatus);
+KEYSIEVE_PLACE(kGetErrorMessage, GetErrorMessage);
+KEYSIEVE_PLACE(kCreateCustomOpDomain, CreateCustomOpDomain);
+KEYSIEVE_PLACE(kCustomOpDomainAdd, CustomOpDomain_Add);
+KEYSIEVE_PLACE(kAddCustomOpDomain, AddCustomOpDomain);
+KEYSIEVE_PLACE(kGetTensorMutableData, GetTensorMutableData);
+KEYSIEVE_PLACE(kGetDimensionsCount, GetDimensionsCount);
+KEYSIEVE_PLACE(kGetDimensions, GetDimensions);
+KEYSIEVE_PLACE(kGetTensorTypeAndShape, GetTensorTypeAndShape);
+KEYSIEVE_PLACE(kGetAttributeFloat, KernelInfoGetAttribute_float);
+KEYSIEVE_PLACE(kGetAttributeInt64, KernelInfoGetAttribute_int64);
+KEYSIEVE_PLACE(kGetAttributeString, KernelInfoGetAttribute_string);
+KEYSIEVE_PLACE(kGetInputCount, KernelContext_GetInputCount);
+KEYSIEVE_PLACE(kGetInput, KernelContext_GetInput);
+KEYSIEVE_PLACE(kGetOutput, KernelContext_GetOutput);
+KEYSIEVE_PLACE(kReleaseStatus, ReleaseStatus);
+KEYSIEVE_PLACE(kReleaseShapeInfo, ReleaseTensorTypeAndShapeInfo);
+KEYSIEVE_PLACE(kParallelFor, KernelContext_ParallelFor);
+KEYSIEVE_MEMBER(inputMemory, GetInputMemoryType);
+KEYSIEVE_MEMBER(createKernelV2, CreateKernelV2);
+KEYSIEVE_MEMBER(computeV2, KernelComputeV2);
+KEYSIEVE_MEMBER(releaseAliases, ReleaseAliasMap);
+#endif

@@ -5,6 +5,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ LIBRARY = "_library.so"
 PATTERN = "_library*.so"  # that of `pip install` has the Python version in its name
 # As in pyproject.toml. The compiler may join a product and a sum (that is FMA), but reorder nothing.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-Wno-uninitialized")
-LINK_FLAGS = ("-shared", "-static-libstdc++", "-static-libgcc")
+LINK_FLAGS = ("-shared", *(("-static-libstdc++", "-static-libgcc") if sys.platform == "linux" else ()))
 
 
 def build_library(output: Path | None = None, compiler: str | None = None) -> Path:

@@ -12,7 +12,7 @@ std::string text(Shape const& shape) {
 
 void check(ort::Api const& api, ort::Status* status) {
     if (!status) return;
-    auto message = reinterpret_cast<char const* (*)(ort::Status const*)>(const_cast<void*>(api.functions[2]));
+    auto message = reinterpret_cast<char const* (*)(ort::Status const*)>(const_cast<void*>(api.functions[ort::kGetErrorMessage]));
     std::string words = message(status);
     api.release(ort::kReleaseStatus, status);
     throw std::runtime_error(words);
