@@ -78,7 +78,8 @@ def test_a_runtime_that_is_too_old_is_named(library) -> None:
     get_api = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)(
         lambda version: ctypes.addressof(functions) if version == 1 else None
     )
-    get_version = ctypes.CFUNCTYPE(ctypes.c_char_p)(lambda: b"1.2.3")
+    name = ctypes.create_string_buffer(b"1.2.3")
+    get_version = ctypes.CFUNCTYPE(ctypes.c_void_p)(lambda: ctypes.addressof(name))
     base = (ctypes.c_void_p * 2)(ctypes.cast(get_api, ctypes.c_void_p), ctypes.cast(get_version, ctypes.c_void_p))
     library.RegisterCustomOps.restype = ctypes.c_void_p
     assert library.RegisterCustomOps(None, base)
