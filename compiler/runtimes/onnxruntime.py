@@ -102,7 +102,7 @@ class OnnxRuntime:
         elif native:
             raise EngineError(f"the custom-op library was not built; {_BUILD}")
         elif native is None:
-            log.warning("running without keysieve's custom ops, several times slower; %s", _BUILD)
+            log.warning("running without keysieve's custom ops, which is slower; %s", _BUILD)
         try:
             self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's own exceptions share no public base
