@@ -17,6 +17,7 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from keysieve.export.take_over import take_over
 from keysieve.passes.result import Attention
 from keysieve.plugins.contract import ATTEND, DOMAIN, NAMESPACE, NODES, UPDATE
 
@@ -81,9 +82,7 @@ def _fuse_attention(graph: ir.Graph, update: ir.Node, attention: Attention) -> b
     inputs = [*tokens_first, length, plan, keep, key, value, cos, sin, read_cache.sinks]
     attend = ir.node(ATTEND.name, inputs, attributes, domain=DOMAIN, num_outputs=3, name=update.name)
     read, *caches = attend.outputs
-    for cache, old in zip(caches, (key_out, value_out), strict=True):
-        cache.shape, cache.type = old.shape, old.type
-    result, names = read_cache.result, [key_out.name, value_out.name]
+    result = read_cache.result
     read.type = result.type
     place: ir.Node = result.producer()  # type: ignore[assignment]
     back = ir.node("Transpose", [read], attributes={"perm": TOKENS_FIRST})
@@ -91,11 +90,9 @@ def _fuse_attention(graph: ir.Graph, update: ir.Node, attention: Attention) -> b
     for use in list(result.uses()):
         if _is_transpose(use.node):
             use.node.outputs[0].replace_all_uses_with(read)
-    result.replace_all_uses_with(back.outputs[0])
-    # Score reads the new caches, so they come from the new node before the old one is let go.
-    for old, cache, name in zip((key_out, value_out), caches, names, strict=True):
-        old.replace_all_uses_with(cache, replace_graph_outputs=True)
-        old.name, cache.name = None, name
+    take_over(result, back.outputs[0])
+    for old, cache in zip((key_out, value_out), caches, strict=True):
+        take_over(old, cache)
     return True
 
 
@@ -226,8 +223,6 @@ def _divide(graph: ir.Graph) -> None:
             reciprocal = _producer(other, "Reciprocal")
             if reciprocal is not None and _producer(reciprocal.inputs[0], "Sqrt"):
                 quotient = ir.node("Div", [x, reciprocal.inputs[0]])
-                result, value = quotient.outputs[0], node.outputs[0]
-                result.shape, result.type, name = value.shape, value.type, value.name
-                ir.convenience.replace_nodes_and_values(graph, node, [node], [quotient], [value], [result])
-                result.name = name
+                graph.insert_before(node, quotient)
+                take_over(node.outputs[0], quotient.outputs[0])
                 break

@@ -17,6 +17,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from keysieve.export.take_over import take_over
+
 BITS = {"int8": 8, "int4": 4}
 DOMAIN = "com.microsoft"
 BLOCK = 32  # elements that share a scale; MatMulNBits has fast kernels for it
@@ -81,7 +83,7 @@ def quantize(model: ir.Model, weights: str) -> Quantized:
             attributes = {"bits": 8, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
             lookup = ir.node("GatherBlockQuantized", [data, node.inputs[1], scale, zero], attributes, domain=DOMAIN)
             model.graph.insert_before(node, lookup)
-            _take_over(node.outputs[0], lookup.outputs[0])
+            take_over(node.outputs[0], lookup.outputs[0])
     RemoveUnusedNodesPass()(model)
     model.opset_imports[DOMAIN] = 1
     done = sum(map(len, alike.values()))
@@ -165,14 +167,7 @@ def _replace_products(
         new, results = [product, lengths, split], split.outputs
     graph.insert_before(members[0][0], new)
     for (node, _), result in zip(members, results, strict=True):
-        _take_over(node.outputs[0], result)
-
-
-def _take_over(old: ir.Value, new: ir.Value) -> None:
-    """The new value in place of the old one, which nothing uses then."""
-    name, old.name = old.name, None
-    new.name, new.shape, new.type = name, old.shape, old.type
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
+        take_over(node.outputs[0], result)
 
 
 def _fits_gather(node: ir.Node, table: ir.TensorProtocol) -> bool:
