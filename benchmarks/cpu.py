@@ -100,7 +100,11 @@ class Benchmark:
                 for budget in self.sizes.budgets:
                     for batch in self.options.batch:
                         if budget < history and (batch == 1 or (history, budget) == self.sizes.batched):
-                            self._decode(self._entries(weights, history, budget, batch))
+                            entries = self._entries(weights, history, budget, batch)
+                            if entries and weights == "float32" and batch == 1:  # those who know float32 only
+                                small = self._entries("int4", history, budget, batch)
+                                entries += [entry for entry in small if entry.contestant == "keysieve"]
+                            self._decode(entries)
 
     def _decode(self, entries: list[Entry], workload: str = "decode") -> None:
         with ExitStack() as stack:
@@ -110,15 +114,19 @@ class Benchmark:
             samples: dict[Entry, list[dict[str, Any]]] = {entry: [] for entry in workers}
             for _ in range(self.sizes.pairs):
                 for entry, worker in list(workers.items()):
-                    if entry.policy == "plain":  # back to the rows that the others keep
-                        worker("prefill", tokens=self.prompt[: entry.history])
-                    samples[entry].append(worker("decode", steps=INTERVAL))
+                    self._guarded(workers, entry, lambda w=worker, e=entry: samples[e].append(self._turn(w, e)))
+            samples = {entry: samples[entry] for entry in workers}
             rows = [self._decoded(workload, entry, taken) for entry, taken in samples.items()]
         self._save(workload, rows, samples)
 
     def _warm_up(self, worker: Worker, entry: Entry) -> None:
         worker("prefill", tokens=self.prompt[: entry.history])
         worker("decode", steps=INTERVAL)
+
+    def _turn(self, worker: Worker, entry: Entry) -> dict[str, Any]:
+        if entry.policy == "plain":  # back to the rows that the others keep
+            worker("prefill", tokens=self.prompt[: entry.history])
+        return worker("decode", steps=INTERVAL)
 
     def _decoded(self, workload: str, entry: Entry, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         row = self._row(workload, entry, samples)
@@ -215,6 +223,7 @@ class Benchmark:
         row = self._decoded("round", entry, [decoded for decoded, _ in turns])
         row["copy_ms"] = 1e3 * statistics.median(copied["copy_wall_s"] for _, copied in turns)
         row["copy_ms_cpu"] = 1e3 * statistics.median(copied["copy_cpu_s"] for _, copied in turns)
+        row["idle_us_cpu"] = worker("idle")["idle_us_cpu"]
         row["round_share"] = row["round_ms_cpu"] / (row["ms_cpu"] * INTERVAL)
         return row
 

@@ -19,6 +19,7 @@ CELLS = {  # column -> field, factor, format
     "tokens/s": ("ms_cpu", 0, ".1f"),
     "round, ms CPU": ("round_ms_cpu", 1, ".1f"),
     "copy, ms CPU": ("copy_ms_cpu", 1, ".1f"),
+    "not due, us CPU": ("idle_us_cpu", 1, ".0f"),
     "share of decode time": ("round_share", 100, ".2f"),
     "KV MB": ("kv_bytes", 1 / MB, ".1f"),
     "peak MB": ("peak_rss", 1 / MB, ".0f"),
@@ -98,9 +99,10 @@ A fresh process reads the prompt and generates. Peak: of the whole process, file
 {_table(rows, "memory", "ms CPU", "KV MB", "peak MB", "growth of resident memory, %")}{shown("memory")}
 ## One eviction round
 
-"copy": copying keys and values of as many rows as the budget once, in every layer.
+"copy": copying keys and values of as many rows as the budget once, in every layer. "not due": what eviction adds to \
+a step without a round.
 
-{_table(rows, "round", "round, ms CPU", "copy, ms CPU", "share of decode time")}
+{_table(rows, "round", "round, ms CPU", "copy, ms CPU", "share of decode time", "not due, us CPU")}
 ## Endless text
 
 {_table(rows, "endless", "ms/token", "ms CPU", "KV MB", "peak MB", "growth of resident memory, %", "counters exact")}\

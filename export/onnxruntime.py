@@ -18,6 +18,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from keysieve.export.take_over import take_over
+from keysieve.export.when_due import compute_when_due
 from keysieve.passes.result import Attention
 from keysieve.plugins.contract import ATTEND, DOMAIN, NAMESPACE, NODES, UPDATE
 
@@ -40,6 +41,7 @@ def export_for_onnxruntime(model: Path, output: Path, attentions: Sequence[Atten
     for node in graph:
         node.overload = ""  # the library's ops serve every shape
     _divide(graph)
+    compute_when_due(graph)
     common.RemoveUnusedNodesPass()(graph_model)
     for identifier in [key for key in graph_model.functions if key[1] in {node.name for node in NODES}]:
         del graph_model.functions[identifier]  # the library has these

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from contestants.idle_step import idle_microseconds
 from contestants.worker import Contestant, serve
 from keysieve.compiler.engine import load, prefill
 
@@ -57,6 +58,10 @@ class KeySieve(Contestant):
         for source, target in pairs:
             np.copyto(target, source)
         return {"copy_wall_s": time.perf_counter() - wall, "copy_cpu_s": time.process_time() - cpu}
+
+    def idle(self) -> dict[str, float]:
+        """CPU microseconds that eviction adds to a step that is not due."""
+        return {"idle_us_cpu": idle_microseconds(self.engine.bundle, self.batch, self.session.capacity)}
 
     def versions(self) -> dict[str, str]:
         return {name: version(name) for name in ("keysieve", "onnxruntime", "numpy")}

@@ -34,7 +34,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--max-tokens", metavar="N", type=positive, help="tokens to read of each text (default 2048)")
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="write the report there too, as JSON")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--threads", metavar="N", type=positive, help="CPU threads (default: all cores)")
+    parser.add_argument("--threads", metavar="N", type=positive, help="CPU threads (default: all it may use)")
     add_quiet(parser)
 
 

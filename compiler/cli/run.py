@@ -37,7 +37,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     memory.add_argument("--budget", metavar="N", type=positive, help="rows kept (default: the bundle's)")
     memory.add_argument("--capacity", metavar="N", type=positive, help="rows allocated (default: what is needed)")
     memory.add_argument("--chunk", metavar="N", type=positive, help="prompt tokens a step (default: the interval)")
-    memory.add_argument("--threads", metavar="N", type=positive, help="CPU threads (default: all cores)")
+    memory.add_argument("--threads", metavar="N", type=positive, help="CPU threads (default: all it may use)")
     memory.add_argument(
         "--device", choices=("cpu", "cuda"), help="cuda: the bundle's TensorRT plan (default cpu: ONNX Runtime)"
     )

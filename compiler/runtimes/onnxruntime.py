@@ -6,6 +6,7 @@ model.onnx and the function bodies in it.
 
 import gc
 import logging
+import os
 from math import prod
 from pathlib import Path
 
@@ -77,9 +78,9 @@ class OnnxBinding:
 class OnnxRuntime:
     """A Runtime for a bundle's ONNX file.
 
-    threads: intra-op threads (None: all cores). native: run with the custom-op library (None: where it was built).
-    Raises EngineError for a dtype that it cannot run or a library that cannot be used, BundleError where ONNX Runtime
-    cannot load the file.
+    threads: intra-op threads (None: the cores that the process may use). native: run with the custom-op library (None:
+    where it was built). Raises EngineError for a dtype that it cannot run or a library that cannot be used, BundleError
+    where ONNX Runtime cannot load the file.
     """
 
     def __init__(self, bundle: Bundle, threads: int | None = None, native: bool | None = None):
@@ -89,10 +90,9 @@ class OnnxRuntime:
                 "compile with --dtype float32 or float16 to run here"
             )
         options = ort.SessionOptions()
-        if threads is not None:
-            if threads < 1:
-                raise EngineError(f"threads is {threads}; it must be at least 1")
-            options.intra_op_num_threads = threads
+        if threads is not None and threads < 1:
+            raise EngineError(f"threads is {threads}; it must be at least 1")
+        options.intra_op_num_threads = threads or _usable_cores()
         options.log_severity_level = 3
         self.library = None if native is False else find_library()
         model = bundle.model
@@ -113,6 +113,12 @@ class OnnxRuntime:
 
     def binding(self) -> OnnxBinding:
         return OnnxBinding(self._session)
+
+
+def _usable_cores() -> int:
+    """How many cores the process is kept to; 0, ONNX Runtime's own choice, where it may use all."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return 0 if usable == os.cpu_count() else usable or 0
 
 
 _BUILD = "`keysieve plugin build --ort` builds it (it needs a C++ compiler)"

@@ -31,10 +31,10 @@ public:
         if (queryHeads % heads) throw std::runtime_error("the heads of query and key do not fit");
         Tensor const keyNew = context.input(1, "key_new", {batches, tokens, heads, dim});
         Tensor const valueNew = context.input(2, "value_new", {batches, tokens, heads, valueDim});
-        Tensor const cosine = context.input(8), sine = context.input(9), sinks = context.input(10);
+        Tensor const cosine = context.optional(8, "cosine", {batches, tokens, dim});
         bool const rotated = static_cast<bool>(cosine);
-        if (rotated) context.input(8, "cosine", {batches, tokens, dim}), context.input(9, "sine", {batches, tokens, dim});
-        if (sinks) context.input(10, "sinks", {queryHeads});
+        Tensor const sine = rotated ? context.input(9, "sine", {batches, tokens, dim}) : Tensor{};
+        Tensor const sinks = context.optional(10, "sinks", {queryHeads});
         Plan const plan = readPlan(context, 3, layer_, batches, heads, capacity, tokens);
         Tensor const read = context.output(0, {batches, tokens, queryHeads, valueDim});
         char* keys = inPlace(context, 1, key, itemSize(T));

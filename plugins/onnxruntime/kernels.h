@@ -50,6 +50,11 @@ struct Kernels {
     // scores [group, stride] of rows 0 .. rows - 1
     void (*scoreTrig[kCacheTypes])(void const* key, int64_t rows, Centres const&, float* scores, int64_t stride);
     void (*scoreNorm[kCacheTypes])(void const* key, int64_t rows, int64_t dim, float* scores);
+    // standard [rows]: raised to how many standard deviations each score is above their mean, where that is more;
+    // scores that are not finite neither count nor raise.
+    void (*standardise)(float const* scores, int64_t rows, float* standard);
+    // The rank-th highest of values, none of which is NaN; rank is 1 or more, and at most `rows`.
+    float (*ranked)(float const* values, int64_t rows, int64_t rank);
     int64_t (*fewWork)(int64_t queries, int64_t rows);
     int64_t (*manyWork)(int64_t queries, int64_t keyDim, int64_t valueDim);
 };

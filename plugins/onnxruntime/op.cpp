@@ -61,21 +61,22 @@ Tensor tensor(ort::Api const& api, ort::Value const* value) {
 
 } // namespace
 
-size_t Context::inputs() const {
-    size_t count = 0;
-    check(api_, api_.call(ort::kGetInputCount, static_cast<ort::KernelContext const*>(context_), &count));
-    return count;
-}
-
-Tensor Context::input(size_t index) const {
-    if (index >= inputs()) return {};
-    ort::Value const* value = nullptr;
-    check(api_, api_.call(ort::kGetInput, static_cast<ort::KernelContext const*>(context_), index, &value));
-    return tensor(api_, value);
+Context::Context(ort::Api const& api, ort::KernelContext* context) : api_(api), context_(context) {
+    check(api_, api_.call(ort::kGetInputCount, static_cast<ort::KernelContext const*>(context_), &inputs_));
 }
 
 Tensor Context::input(size_t index, char const* name, Shape const& expected) const {
-    Tensor result = input(index);
+    Tensor const result = optional(index, name, expected);
+    if (result.shape.empty()) throw std::runtime_error(std::string(name) + " is missing");
+    return result;
+}
+
+Tensor Context::optional(size_t index, char const* name, Shape const& expected) const {
+    ort::Value const* value = nullptr;
+    if (index < inputs_)
+        check(api_, api_.call(ort::kGetInput, static_cast<ort::KernelContext const*>(context_), index, &value));
+    if (!value) return {};
+    Tensor result = tensor(api_, value);
     bool fits = result.shape.size() == expected.size();
     for (size_t axis = 0; fits && axis < expected.size(); ++axis)
         fits = expected[axis] == -1 || expected[axis] == result.shape[axis];

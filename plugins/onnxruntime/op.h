@@ -40,12 +40,12 @@ private:
 
 class Context {
 public:
-    Context(ort::Api const& api, ort::KernelContext* context) : api_(api), context_(context) {}
-    size_t inputs() const;
-    // Without data where an optional input is left out.
-    Tensor input(size_t index) const;
+    Context(ort::Api const& api, ort::KernelContext* context);
+    size_t inputs() const { return inputs_; }
     // Raises std::runtime_error where the shape is not the expected one; -1 takes any size.
     Tensor input(size_t index, char const* name, Shape const& expected) const;
+    // The same of an input that may be left out.
+    Tensor optional(size_t index, char const* name, Shape const& expected) const;
     Tensor output(size_t index, Shape const& shape) const;
 
     // function(0 .. count-1) on ONNX Runtime's own threads.
@@ -60,6 +60,7 @@ public:
 private:
     ort::Api const& api_;
     ort::KernelContext* context_;
+    size_t inputs_ = 0;
 };
 
 // A buffer of the calling thread that only grows: no allocation in a step that is like the one before.

@@ -1,6 +1,7 @@
 #include "select.h"
 
-#include <cmath>
+#include "kernels.h"
+
 #include <limits>
 
 namespace keysieve {
@@ -8,15 +9,11 @@ namespace keysieve {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kStdFloor = 1e-6f;
 
 // The `kept` best of value [rows], as ascending row numbers; the lower row wins a tie.
 void best(float const* value, int64_t rows, int64_t kept, int32_t* plan) {
-    thread_local std::vector<float> order;
     if (kept <= 0) return;
-    order.assign(value, value + rows);
-    std::nth_element(order.begin(), order.begin() + (kept - 1), order.end(), std::greater<float>());
-    float const threshold = order[static_cast<size_t>(kept - 1)];
+    float const threshold = kernels().ranked(value, rows, kept);
     int64_t ties = kept;
     for (int64_t row = 0; row < rows; ++row) ties -= value[row] > threshold;
     for (int64_t row = 0; row < rows; ++row) {
@@ -45,28 +42,8 @@ Select::Select(Attributes const& attributes)
 
 void Select::standardise(Sequence const& s, float const* scores, int64_t group, float* z) const {
     std::fill(z, z + s.length, -kInfinity);
-    for (int64_t g = 0; g < group; ++g, scores += s.capacity) {
-        int64_t count = 0;
-        float highest = -kInfinity;
-        for (int64_t row = s.front; row < s.back; ++row)
-            if (std::isfinite(scores[row])) ++count, highest = std::max(highest, scores[row]);
-        if (!count) continue;
-        // Counted from the highest, so that the mean of constant scores is exact and their z is 0.
-        double sum = 0, squares = 0;
-        for (int64_t row = s.front; row < s.back; ++row)
-            if (std::isfinite(scores[row])) sum += scores[row] - highest;
-        float const mean = static_cast<float>(sum / static_cast<double>(count));
-        for (int64_t row = s.front; row < s.back; ++row)
-            if (std::isfinite(scores[row])) {
-                double const centred = scores[row] - highest - mean;
-                squares += centred * centred;
-            }
-        float const std = std::max(static_cast<float>(std::sqrt(squares / static_cast<double>(count))), kStdFloor);
-        for (int64_t row = s.front; row < s.back; ++row) {
-            float const standard = (scores[row] - highest - mean) / std;
-            if (std::isfinite(scores[row]) && std::isfinite(standard)) z[row] = std::max(z[row], standard);
-        }
-    }
+    for (int64_t g = 0; g < group; ++g)
+        kernels().standardise(scores + g * s.capacity + s.front, s.back - s.front, z + s.front);
 }
 
 void Select::compute(Context& context) const {

@@ -294,6 +294,16 @@ def test_timing_counts_prompt_and_decoded_tokens(engine: Engine) -> None:
     assert timing.tokens_per_s == pytest.approx(33 / timing.decode_seconds)
 
 
+def test_threads_are_the_cores_that_the_process_may_use(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def threads(usable: int, given: int | None = None) -> int:
+        monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(usable)), raising=False)
+        session = load(engine.bundle.path, given)._runtime._session  # type: ignore[attr-defined]
+        return int(session.get_session_options().intra_op_num_threads)
+
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    assert [threads(1), threads(3), threads(4), threads(3, 2)] == [1, 3, 0, 2]
+
+
 def test_an_abandoned_stream_leaves_the_engine_usable(engine: Engine) -> None:
     wanted = engine.generate(PROMPTS[0], max_new_tokens=10, **FREE)
     stream = engine.stream(PROMPTS[0], max_new_tokens=10, **FREE)

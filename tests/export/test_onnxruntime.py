@@ -96,6 +96,20 @@ def test_online_centres_too(root):
     np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize(("policy", "branches"), [("triattention", 1), ("key-norm", 0)])
+def test_centres_turn_when_a_round_is_due(policy, branches, root):
+    bundle = tiny_bundle("llama", EvictionConfig(PolicyConfig(policy), budget=16, interval=6, sinks=2, recent=4), root)
+    found, portable = operators(bundle), operators(bundle, "model.onnx")
+    assert (found["If"], portable["If"]) == (branches, 0)
+    if branches:
+        graph = onnx.load(bundle / "model.onnxruntime.onnx", load_external_data=False).graph
+        decide = next(node for node in graph.node if node.op_type == "If")
+        due, idle = (attribute.g for attribute in sorted(decide.attribute, key=lambda one: one.name, reverse=True))
+        assert {"Cos", "Sin"} <= {node.op_type for node in due.node} and {node.op_type for node in idle.node} == {
+            "Constant"
+        }
+
+
 def test_a_step_allocates_no_cache(root):
     """Both files work in the session's own buffers, whose addresses stay."""
     session = load(tiny_bundle("llama", EVICTION, root), 1, native=True).session(capacity=26)

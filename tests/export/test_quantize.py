@@ -85,6 +85,26 @@ def test_products_of_the_same_activations_become_one() -> None:
     assert np.array_equal(first, both[:, 40:])
 
 
+def test_a_tied_table_is_there_once() -> None:
+    table = np.random.default_rng(2).normal(size=(10, DEPTH)).astype(np.float32)
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["x"]),
+        helper.make_node("Transpose", ["table"], ["table_t"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "table_t"], ["logits"]),
+    ]
+    inputs = [helper.make_tensor_value_info("ids", TensorProto.INT64, [None])]
+    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)]
+    graph = helper.make_graph(nodes, "tied", inputs, outputs, [numpy_helper.from_array(table, "table")])
+    changed = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11))
+    assert quantize(changed, "int4").bytes_before == table.nbytes
+    product, lookup = (
+        next(node for node in changed.graph if node.op_type == name) for name in ("MatMulNBits", "GatherBlockQuantized")
+    )
+    assert product.inputs[1] is lookup.inputs[0]
+    wanted = table @ table.T
+    np.testing.assert_allclose(run(changed), wanted, atol=0.02 * np.abs(wanted).max())
+
+
 def test_a_table_that_does_not_fit_stays() -> None:
     """Rows that are no whole blocks, and columns that are looked up."""
     narrow, across = model(), model()
@@ -100,7 +120,8 @@ def test_the_error_is_that_of_the_weights() -> None:
     exact = model()
     grid = np.tile(np.arange(16, dtype=np.float32) - 7, 2) / 8
     exact.graph.initializers["first"].const_value = ir.tensor(np.tile(grid, (WIDTH, DEPTH // 32)))
-    exact.graph.initializers["head"].const_value = ir.tensor(np.zeros((WIDTH, COLUMNS), np.float32))
+    for name, shape in (("head", (WIDTH, COLUMNS)), ("table", (10, DEPTH))):
+        exact.graph.initializers[name].const_value = ir.tensor(np.zeros(shape, np.float32))
     assert quantize(exact, "int4").error < 1e-6
 
 

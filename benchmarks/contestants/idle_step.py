@@ -1,0 +1,67 @@
+"""What eviction costs in a step that is not due: the nodes between caches and plans, in a model of their own."""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from keysieve.compiler.bundle import Bundle
+from keysieve.plugins.onnxruntime.build import find_library
+
+RUNS, TURNS = 200, 5
+GIVEN = ("input_ids", "position", "count", "length_next", "budget", "limit", "pinned")
+
+
+def idle_microseconds(bundle: Bundle, batch: int, capacity: int) -> float:
+    """CPU microseconds of a bundle's scores and plans where nothing is due, above those of an empty model; one thread.
+
+    capacity: rows of the caches, half of which are held.
+    """
+    model = ir.load(bundle.native_model or bundle.model)
+    values = [*model.graph.inputs, *model.graph.outputs]
+    caches = [value for value in values if value.name.startswith("key_") and value.name.endswith("_next")]
+    plans = [v for v in model.graph.outputs if v.name.startswith(("plan", "keep", "evicted"))]
+    model.graph = ir.convenience.extract(model.graph, [*(v for v in values if v.name in GIVEN), *caches], plans)
+    numbers = {"limit": capacity, "budget": capacity, "length_next": capacity // 2, "position": capacity // 2}
+    feeds = {}
+    for value in model.graph.inputs:
+        sizes = [size if isinstance(size, int) else 1 for size in value.shape]
+        if value.name.startswith("key_"):
+            sizes[2] = capacity
+        feeds[value.name] = np.full([batch, *sizes[1:]], numbers.get(value.name, 1), value.dtype.numpy())
+    x = ir.Value(name="x", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT32))
+    same = ir.node("Identity", [x])
+    empty = ir.Model(ir.Graph([x], same.outputs, nodes=[same], opset_imports={"": 24}, name="empty"), ir_version=10)
+    with TemporaryDirectory() as folder:
+        full = _seconds(model, feeds, Path(folder) / "model.onnx")
+        none = _seconds(empty, {"x": np.ones(1, np.int32)}, Path(folder) / "empty.onnx")
+        return 1e6 * statistics.median(full() - none() for _ in range(TURNS))
+
+
+def _seconds(model: ir.Model, feeds: dict[str, np.ndarray], file: Path) -> Callable[[], float]:
+    """A function that measures the CPU seconds of a run."""
+    ir.save(ir.external_data.load_to_model(model), file)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    library = find_library()
+    if library:
+        options.register_custom_ops_library(str(library))
+    session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    for name, value in feeds.items():
+        binding.bind_cpu_input(name, value)
+    for output in session.get_outputs():
+        binding.bind_output(output.name)
+
+    def measure() -> float:
+        started = time.process_time()
+        for _ in range(RUNS):
+            session.run_with_iobinding(binding)
+        return (time.process_time() - started) / RUNS
+
+    return measure
