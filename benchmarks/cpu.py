@@ -73,6 +73,8 @@ class Sizes:
     batched: tuple[int, int] = (8192, 2048)  # history and budget at which batches are measured
     prefill: int = 8192  # tokens of a prompt; memory: and of what is generated after it
     memory: int = 512
+    chunks: tuple[int, ...] = (32, 64, 128, 256, 512)
+    chunk_prompt: int = 4096
     length: tuple[int, int] = (4096, 32768)
     fidelity: int = 1024
     endless: int = 100_000
@@ -80,7 +82,7 @@ class Sizes:
 
     @classmethod
     def quick(cls) -> "Sizes":
-        return cls([512], [256], 2, (512, 256), 512, 128, (512, 1024), 256, 1024, 256)
+        return cls([512], [256], 2, (512, 256), 512, 128, (32, 128), 512, (512, 1024), 256, 1024, 256)
 
 
 class Benchmark:
@@ -159,6 +161,19 @@ class Benchmark:
                         samples[entry].append(worker("prefill", tokens=self.prompt[: entry.history]))
                 rows = [self._row("prefill", entry, taken) for entry, taken in samples.items()]
             self._save("prefill", rows, samples)
+
+    def chunk(self) -> None:
+        """How many prompt tokens a step should take: sizes in turns, each in a process of its own."""
+        for entry in self._entries("int4", self.sizes.chunk_prompt, max(self.sizes.budgets), 1):
+            if entry.contestant != "keysieve":
+                continue
+            with ExitStack() as stack:
+                workers = {chunk: self._start(stack, [entry], chunk=chunk)[entry] for chunk in self.sizes.chunks}
+                samples: dict[int, list[dict[str, Any]]] = {chunk: [] for chunk in workers}
+                for _ in range(self.sizes.pairs):
+                    for chunk, worker in workers.items():
+                        samples[chunk].append(worker("prefill", tokens=self.prompt[: entry.history]))
+                self._save("chunk", [self._row(f"chunk {chunk}", entry, taken) for chunk, taken in samples.items()])
 
     def memory(self) -> None:
         """A fresh process each: the prompt, and what is generated after it."""
@@ -290,8 +305,8 @@ class Benchmark:
             )
         return allowed
 
-    def _start(self, stack: ExitStack, entries: Iterable[Entry]) -> dict[Entry, Worker]:
-        """A loaded worker for each that can run here."""
+    def _start(self, stack: ExitStack, entries: Iterable[Entry], **more: Any) -> dict[Entry, Worker]:
+        """A loaded worker for each that can run here. more: further fields of its command to load."""
         workers: dict[Entry, Worker] = {}
         for entry in entries:
             if entry.contestant == "official" and self.options.official is None:
@@ -309,6 +324,7 @@ class Benchmark:
                     "threads": self.options.threads,
                     "interval": INTERVAL,
                     "longest": entry.history + (self.sizes.pairs + 1) * INTERVAL + self.sizes.memory,
+                    **more,
                 }
                 if entry.contestant == "official":
                     setting |= {"folder": str(self.options.official), "statistics": str(OFFICIAL_STATISTICS)}
@@ -410,7 +426,7 @@ def _prompt_tokens(count: int) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    workloads = ("decode", "length", "prefill", "memory", "round", "fidelity")
+    workloads = ("decode", "length", "prefill", "chunk", "memory", "round", "fidelity")
 
     def names(text: str) -> list[str]:
         return text.split(",")

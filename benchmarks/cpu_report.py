@@ -92,6 +92,9 @@ beside it (the steps of an interval are medians over turns).
 ## Prefill
 
 {_table(rows, "prefill", "ms/token", "ms CPU", "tokens/s", "KV MB", "peak MB")}
+## Tokens of a prompt a step
+
+{_chunks(rows)}
 ## Memory
 
 A fresh process reads the prompt and generates. Peak: of the whole process, files that it maps included.
@@ -150,6 +153,21 @@ def _table(rows: Sequence[Row], workload: str, *columns: str) -> str:
         where = (f"{row['history']:,}", kept, str(row["batch"]), str(entry_of(row)), str(row["threads"]))
         lines.append((*where, *(_cell(row, column) for column in columns)))
     return _markdown(head, lines)
+
+
+def _chunks(rows: Sequence[Row]) -> str:
+    chosen = [row for row in rows if row["workload"].startswith("chunk ")]
+    if not chosen:
+        return "Not measured.\n"
+    chosen.sort(key=lambda row: (str(entry_of(row)), int(row["workload"].split()[1])))
+    lines = [
+        (
+            *(str(entry_of(row)), f"{row['history']:,}", str(row["budget"]), row["workload"].split()[1]),
+            *(_cell(row, column) for column in ("ms CPU", "peak MB")),
+        )
+        for row in chosen
+    ]
+    return _markdown(("contestant", "prompt", "budget", "tokens a step", "ms CPU", "peak MB"), lines)
 
 
 def _cell(row: Row, column: str) -> str:

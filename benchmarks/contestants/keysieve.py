@@ -13,12 +13,22 @@ from keysieve.compiler.engine import load, prefill
 
 class KeySieve(Contestant):
     def load(
-        self, model: str, policy: str, budget: int | None, batch: int, threads: int, longest: int, **_: Any
+        self,
+        model: str,
+        policy: str,
+        budget: int | None,
+        batch: int,
+        threads: int,
+        longest: int,
+        interval: int,
+        chunk: int | None = None,
+        **_: Any,
     ) -> None:
         self.engine = load(model, threads)
-        self.chunk = int(self.engine.manifest["eviction"]["interval"])
+        self.chunk = chunk or interval
         self.batch = batch
-        self.setting = {"dense": True, "capacity": longest} if policy == "dense" else {"budget": budget}
+        evicting = {"budget": budget, "capacity": (budget or 0) + max(interval, self.chunk), "chunk": self.chunk}
+        self.setting = {"dense": True, "capacity": longest} if policy == "dense" else evicting
         self.session = None
         self.one, self.index = np.ones(batch, np.int32), np.zeros((batch, 1), np.int64)
 
