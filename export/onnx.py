@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
@@ -20,6 +21,7 @@ from keysieve.plugins.contract import DOMAIN, LINEAR_ATTENTION, NAMESPACE, SCORE
 from keysieve.plugins.onnx.functions import linear_attention_function, score_function, select_function, update_function
 
 TENSOR_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(int32)", "tensor(int64)"]
+INSIDE = 256  # bytes of a tensor up to which it stands in the file of the graph
 DIMENSIONS = {"input_ids": ("batch", "tokens"), "logits_at": ("batch", "wanted")}
 
 
@@ -47,13 +49,32 @@ def export_onnx(
     if inline:
         _inline(model)
     quantized = quantize(model, weights) if weights else None
-    data = f"{path.name}.data"
-    ir.save(model, path, external_data=data)
+    _save(model, path)
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"{path}: the exported graph fails onnx.checker: {error}") from error
     return quantized
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    """Write the graph to `path` and its weights beside it; tensors of the same memory are written once."""
+    first: dict[tuple[int, int], ir.Value] = {}
+    twins: list[tuple[ir.Value, ir.Value]] = []
+    for value in model.graph.initializers.values():
+        array = getattr(value.const_value, "raw", None)
+        if isinstance(array, np.ndarray) and array.nbytes > INSIDE:
+            same = first.setdefault((array.ctypes.data, array.nbytes), value)
+            if same is not value:
+                twins.append((value, same))
+                value.const_value = None  # not written
+    ir.external_data.unload_from_model(model, path.parent, f"{path.name}.data", size_threshold_bytes=INSIDE)
+    for value, same in twins:
+        there: Any = same.const_value
+        place = there.location, there.offset, there.length
+        described: Any = {"dtype": value.dtype, "shape": value.shape, "name": value.name}
+        value.const_value = ir.ExternalTensor(*place, **described, base_dir=path.parent)
+    ir.save(model, path)
 
 
 def _functions(graph: Graph) -> list[FunctionProto]:

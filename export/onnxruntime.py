@@ -81,7 +81,7 @@ def _fuse_attention(graph: ir.Graph, update: ir.Node, attention: Attention) -> b
         "plugin_version": ATTEND.version,
         "plugin_namespace": NAMESPACE,
     }
-    inputs = [*tokens_first, length, plan, keep, key, value, cos, sin, read_cache.sinks]
+    inputs = [*(_packed(tokens_first) or tokens_first), length, plan, keep, key, value, cos, sin, read_cache.sinks]
     attend = ir.node(ATTEND.name, inputs, attributes, domain=DOMAIN, num_outputs=3, name=update.name)
     read, *caches = attend.outputs
     result = read_cache.result
@@ -207,6 +207,16 @@ def _tokens_first(value: ir.Value | None, new: list[ir.Node]) -> ir.Value:
         return producer.inputs[0]  # type: ignore[return-value]
     new.append(ir.node("Transpose", [value], attributes={"perm": TOKENS_FIRST}))
     return new[-1].outputs[0]
+
+
+def _packed(rows: Sequence[ir.Value]) -> list[ir.Value | None] | None:
+    """One value [B,S,N] in whose last axis query, key and value [B,S,H,D] follow each other; None if there is none."""
+    reshapes = [_producer(value, "Reshape") for value in rows]
+    parts = [reshape.inputs[0] if reshape is not None else None for reshape in reshapes]
+    split = _producer(parts[0], "Split")
+    if split is None or list(split.outputs) != parts or len(split.inputs[0].shape or ()) != 3:  # type: ignore[union-attr]
+        return None
+    return [split.inputs[0], None, None] if split.attributes["axis"].as_int() in (-1, 2) else None
 
 
 def _is_transpose(node: ir.Node) -> bool:

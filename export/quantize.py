@@ -78,15 +78,13 @@ def quantize(model: ir.Model, weights: str) -> Quantized:
     for (x, bits), members in alike.items():
         _replace_products(model.graph, x, bits, members, integers.products([matrix for _, matrix in members], bits))
     for node in [node for node in model.graph if node.op_type == "Gather"]:
-        matrix, indices = _constant_matrix(node.inputs[0]), node.inputs[1].shape  # type: ignore[union-attr]
-        if matrix and indices and not matrix.transposed and _fits_gather(node, matrix.tensor):
+        matrix = _constant_matrix(node.inputs[0])
+        if matrix is not None and not matrix.transposed and _fits_gather(node, matrix.tensor):
             data, scale, zero = integers.table(matrix)
-            attributes = {"bits": 8, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 2}
+            attributes = {"bits": 8, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
             lookup = ir.node("GatherBlockQuantized", [data, node.inputs[1], scale, zero], attributes, domain=DOMAIN)
-            sizes = ir.node("Constant", [], {"value_ints": [*[0] * len(indices), -1]})
-            joined = ir.node("Reshape", [lookup.outputs[0], sizes.outputs[0]])
-            model.graph.insert_before(node, [lookup, sizes, joined])
-            take_over(node.outputs[0], joined.outputs[0])
+            model.graph.insert_before(node, lookup)
+            take_over(node.outputs[0], lookup.outputs[0])
     RemoveUnusedNodesPass()(model)
     model.opset_imports[DOMAIN] = 1
     done = sum(map(len, alike.values()))
@@ -116,21 +114,18 @@ class _Integers:
             self._squares += float(np.square(floats).sum(dtype=np.float64))
             difference = floats - _dequantized(packed, scales, zeros, bits)[: len(floats)]
             self._errors += float(np.square(difference).sum(dtype=np.float64))
-            self._made[key] = self._initializers(
-                f"{'+'.join(names)}_{bits}bits", ("weight", "scale", "zero"), packed, scales, zeros
-            )
+            self._made[key] = self._initializers(f"{'+'.join(names)}_{bits}bits", packed, scales, zeros)
         return self._made[key]
 
     def table(self, matrix: _Matrix) -> list[ir.Value]:
-        """Rows [N,K/BLOCK,BLOCK], scales and zeros [N,K/BLOCK,1] with 8 bits, as GatherBlockQuantized takes them.
+        """Rows [N,K], scales and zeros [N,K/BLOCK] with 8 bits, as GatherBlockQuantized takes them.
 
-        The rows are those of the product with the same matrix, where a model has tied them.
+        They are the very memory of the product with the same matrix, where a model has tied them.
         """
         if matrix.name not in self._made:
-            rows, *others = self.products([replace(matrix, transposed=True)], 8)
-            shape = (*rows.const_value.shape[:2], 1)  # type: ignore[union-attr]
-            arrays = [value.const_value.numpy().reshape(shape) for value in others]  # type: ignore[union-attr]
-            self._made[matrix.name] = [rows, *self._initializers(f"{matrix.name}_rows", ("scale", "zero"), *arrays)]
+            parts = [value.const_value for value in self.products([replace(matrix, transposed=True)], 8)]
+            arrays = [part.numpy().reshape(matrix.shape[0], -1) for part in parts]  # type: ignore[union-attr]
+            self._made[matrix.name] = self._initializers(f"{matrix.name}_rows", *arrays)
         return self._made[matrix.name]
 
     def _quantize(self, floats: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -145,9 +140,9 @@ class _Integers:
         self.bytes_after += sum(part.nbytes for part in parts)
         return parts
 
-    def _initializers(self, name: str, kinds: Sequence[str], *arrays: np.ndarray) -> list[ir.Value]:
+    def _initializers(self, name: str, *arrays: np.ndarray) -> list[ir.Value]:
         values = []
-        for kind, array in zip(kinds, arrays, strict=True):
+        for kind, array in zip(("weight", "scale", "zero"), arrays, strict=True):
             tensor = ir.tensor(array, name=f"{name}_{kind}")
             shape, dtype = ir.Shape(array.shape), ir.TensorType(tensor.dtype)
             value = ir.Value(name=tensor.name, shape=shape, type=dtype, const_value=tensor)
@@ -168,6 +163,10 @@ def _replace_products(
         "accuracy_level": INT8_ACTIVATIONS,
     }
     product = ir.node("MatMulNBits", [x, *integers], attributes, domain=DOMAIN)
+    one, all_of_them = members[0][0].outputs[0], product.outputs[0]
+    all_of_them.type = one.type
+    if one.shape is not None:
+        all_of_them.shape = ir.Shape([*one.shape[:-1], sum(sizes)])
     new, results = [product], product.outputs
     if len(members) > 1:
         lengths = ir.node("Constant", [], {"value_ints": sizes})

@@ -38,6 +38,27 @@ void block(AttendShape const& shape, std::vector<Task>& tasks) {
 
 } // namespace
 
+NewRows newRows(Context const& context, Shape const& key, int64_t valueDim) {
+    int64_t const heads = key[2], dim = key[3];
+    Tensor const keyNew = context.optional(1, "key_new", key);
+    bool const packed = !keyNew;
+    Tensor const query = context.input(0, "query", packed ? Shape{key[0], -1, -1} : Shape{key[0], -1, -1, dim});
+    int64_t const tokens = query.shape[1], width = packed ? query.shape[2] : query.shape[2] * dim;
+    int64_t const queries = packed ? width - heads * (dim + valueDim) : width;
+    if (queries <= 0 || queries % (heads * dim)) throw std::runtime_error("the heads of query and key do not fit");
+    NewRows rows = {query.as<float>(), nullptr, nullptr, width, width, width, tokens, queries / dim};
+    if (packed) {
+        rows.key = rows.query + queries;
+        rows.value = rows.key + heads * dim;
+    } else {
+        if (keyNew.shape[1] != tokens) throw std::runtime_error("key_new has another number of tokens than query");
+        rows.key = keyNew.as<float>(), rows.keyStride = heads * dim;
+        rows.value = context.input(2, "value_new", {key[0], tokens, heads, valueDim}).as<float>();
+        rows.valueStride = heads * valueDim;
+    }
+    return rows;
+}
+
 void attend(Context const& context, CacheType type, AttendShape const& shape, Plan const& plan, float const* queries,
             char const* keys, char const* values, float const* sinks, int64_t window, float softcap, float* read) {
     Kernels const& k = kernels();

@@ -1,7 +1,7 @@
 // KeySieveAttend: KeySieveUpdate, RoPE of the new queries and keys, and attention over the cache, in one node.
 //
 // query [B,S,Hq,D], key_new [B,S,Hkv,D], value_new [B,S,Hkv,Dv]: float, before RoPE where cosine and sine [B,S,D] are
-// given (half-split); length, plan, keep, key, value as in KeySieveUpdate; sinks [Hq]: logits of attention sinks.
+// given (half-split), or all of a token behind each other in query [B,S,Hq*D + Hkv*D + Hkv*Dv]; length, plan, keep, key, value as in KeySieveUpdate; sinks [Hq]: logits of attention sinks.
 // Outputs: read [B,S,Hq,Dv], key_out, value_out. Token s sees the rows up to its own, the last `window` of them (0: all).
 #pragma once
 
@@ -16,6 +16,14 @@ struct AttendShape {
 void attend(Context const& context, CacheType type, AttendShape const& shape, Plan const& plan, float const* queries,
             char const* keys, char const* values, float const* sinks, int64_t window, float softcap, float* read);
 
+// What the new tokens bring: for each a row of all its heads, and how far the next one's is.
+struct NewRows {
+    float const *query, *key, *value;
+    int64_t queryStride, keyStride, valueStride, tokens, queryHeads;
+};
+// The inputs query, key_new and value_new, together in the first or each by itself. key: the expected shape of key_new.
+NewRows newRows(Context const& context, Shape const& key, int64_t valueDim);
+
 template <CacheType T> class Attend {
 public:
     explicit Attend(Attributes const& attributes)
@@ -26,11 +34,9 @@ public:
         Tensor const key = context.input(6, "key", {-1, -1, -1, -1});
         int64_t const batches = key.shape[0], heads = key.shape[1], capacity = key.shape[2], dim = key.shape[3];
         Tensor const value = context.input(7, "value", {batches, heads, capacity, -1});
-        Tensor const query = context.input(0, "query", {batches, -1, -1, dim});
-        int64_t const tokens = query.shape[1], queryHeads = query.shape[2], valueDim = value.shape[3];
-        if (queryHeads % heads) throw std::runtime_error("the heads of query and key do not fit");
-        Tensor const keyNew = context.input(1, "key_new", {batches, tokens, heads, dim});
-        Tensor const valueNew = context.input(2, "value_new", {batches, tokens, heads, valueDim});
+        int64_t const valueDim = value.shape[3];
+        NewRows const given = newRows(context, {batches, -1, heads, dim}, valueDim);
+        int64_t const tokens = given.tokens, queryHeads = given.queryHeads;
         Tensor const cosine = context.optional(8, "cosine", {batches, tokens, dim});
         bool const rotated = static_cast<bool>(cosine);
         Tensor const sine = rotated ? context.input(9, "sine", {batches, tokens, dim}) : Tensor{};
@@ -52,17 +58,17 @@ public:
                 float const* c = rotated ? cosine.as<float>() + token * dim : nullptr;
                 float const* i = rotated ? sine.as<float>() + token * dim : nullptr;
                 for (int64_t h = 0; h < queryHeads; ++h) {
-                    float const* from = query.as<float>() + (token * queryHeads + h) * dim;
+                    float const* from = given.query + token * given.queryStride + h * dim;
                     float* to = queries + (((b * heads + h / group) * tokens + s) * group + h % group) * dim;
                     if (rotated) k.rotate(from, c, i, scale_, to, dim);
                     else for (int64_t d = 0; d < dim; ++d) to[d] = from[d] * scale_;
                 }
                 for (int64_t h = 0; h < heads; ++h) {
-                    float const* from = keyNew.as<float>() + (token * heads + h) * dim;
+                    float const* from = given.key + token * given.keyStride + h * dim;
                     if (rotated) k.rotate(from, c, i, 1.0f, turned, dim), from = turned;
                     size_t const row = static_cast<size_t>((b * heads + h) * capacity + plan.start(b) + s);
                     k.store[T](from, keys + row * keyRow, dim);
-                    k.store[T](valueNew.as<float>() + (token * heads + h) * valueDim, values + row * valueRow, valueDim);
+                    k.store[T](given.value + token * given.valueStride + h * valueDim, values + row * valueRow, valueDim);
                 }
             }
         AttendShape const shape = {batches, tokens, queryHeads, heads, capacity, dim, valueDim};

@@ -22,7 +22,7 @@ template <CacheType T> std::vector<ort::CustomOp*> opsOf() {
     constexpr Port optional{ort::kFloat, ort::kOptional}, keys{elementType<T>(), ort::kVariadic};
     static Op<Update<T>> update("KeySieveUpdate", {cache, cache, i32, i32, i32, cache, cache}, {cache, cache});
     static Op<Attend<T>> attend("KeySieveAttend",
-                                {f32, f32, f32, i32, i32, i32, cache, cache, optional, optional, optional},
+                                {f32, optional, optional, i32, i32, i32, cache, cache, optional, optional, optional},
                                 {f32, cache, cache});
     static Op<Score<T>> score("KeySieveScore", {i32, i32, i64, f32, f32, keys}, {f32});
     return {&update, &attend, &score};

@@ -50,6 +50,18 @@ def test_attentions_become_one_node(name, rotated, root):
     assert rotated_inside(bundle) == rotated
 
 
+def test_what_one_product_makes_goes_in_together(root):
+    """With integer weights, query, key and value are one product: no split, no reshape."""
+    bundle = tiny_bundle("llama", EVICTION, root, weights="int4", kv_dtype="float16")
+    graph = onnx.load(bundle / "model.onnxruntime.onnx", load_external_data=False).graph
+    attends = [node for node in graph.node if node.op_type == "KeySieveAttend"]
+    products = {node.output[0] for node in graph.node if node.op_type == "MatMulNBits"}
+    assert attends and all(node.input[0] in products and not any(node.input[1:3]) for node in attends)
+    apart = tiny_bundle("llama", EVICTION, root)
+    graph = onnx.load(apart / "model.onnxruntime.onnx", load_external_data=False).graph
+    assert all(all(node.input[:3]) for node in graph.node if node.op_type == "KeySieveAttend")
+
+
 def steps(engine, budget, prompt=30, new=40):
     """Logits of a prompt in chunks and of tokens that do not depend on them, two sequences."""
     tokens = np.random.default_rng(0).integers(3, 300, (2, prompt + new))

@@ -37,12 +37,13 @@ def instructions(request):
 
 
 @lru_cache
-def session(kind, rotated, sinks, window, softcap, threads=1):
+def session(kind, rotated, sinks, window, softcap, threads=1, packed=False):
     types = {"int32": TensorProto.INT32, "float32": TensorProto.FLOAT, "cache": CACHES[kind][0]}
-    left_out = {"cosine": not rotated, "sine": not rotated, "sinks": not sinks}
+    left_out = {"cosine": not rotated, "sine": not rotated, "sinks": not sinks, "key_new": packed, "value_new": packed}
 
     def info(port):
-        return helper.make_tensor_value_info(port.name, types[port.dtype], [None] * len(port.shape.split(",")))
+        rank = 3 if packed and port.name == "query" else len(port.shape.split(","))
+        return helper.make_tensor_value_info(port.name, types[port.dtype], [None] * rank)
 
     ports = [port for port in ATTEND.inputs if not left_out.get(port.name)]
     names = ["" if left_out.get(port.name) else port.name for port in ATTEND.inputs]
@@ -114,12 +115,23 @@ def expected(given, kind, window, softcap):
     return read.transpose(1, 2).numpy(), key, value
 
 
-def check(given, kind, window=0, softcap=0.0, threads=1, in_place=False):
+def together(given):
+    """Queries, new keys and new values of a token behind each other, in "query"."""
+    names = ("query", "key_new", "value_new")
+    parts = [given[name].reshape(*given[name].shape[:2], -1) for name in names]
+    return {
+        "query": np.concatenate(parts, -1),
+        **{name: array for name, array in given.items() if name not in names},
+    }
+
+
+def check(given, kind, window=0, softcap=0.0, threads=1, in_place=False, packed=False):
     onnx_type, numpy_type, unit = CACHES[kind]
     # A rotated key may be rounded to the other side.
     tolerance = max(2e-5, unit if "cosine" in given else 0)
     wanted, *caches = expected(given, kind, window, softcap)
-    runner = session(kind, "cosine" in given, "sinks" in given, window, softcap, threads)
+    runner = session(kind, "cosine" in given, "sinks" in given, window, softcap, threads, packed)
+    given = together(given) if packed else given
     binding, values = runner.io_binding(), {}
     for name, array in given.items():
         array = array.astype(numpy_type) if name in ("key", "value") else array
@@ -176,6 +188,15 @@ def test_every_option(kind, tokens, instructions):
         for name in left_out:
             del given[name]
         check(given, kind, window, float(softcap))
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize("value_dim", [32, 48])
+def test_queries_keys_and_values_may_come_together(tokens, value_dim, instructions):
+    given = inputs([(60, 20), (50, -1)], tokens, 2, 3, 32, value_dim, 80)
+    assert np.array_equal(check(given, "float16", packed=True), check(given, "float16"))
+    del given["cosine"], given["sine"], given["sinks"]
+    assert np.array_equal(check(given, "float32", packed=True), check(given, "float32"))
 
 
 @pytest.mark.parametrize("tokens", [1, 16])
@@ -252,7 +273,15 @@ def test_a_plan_that_cannot_be_is_refused() -> None:
         ({"length": np.array([80], np.int32), "keep": np.array([-1], np.int32)}, "the capacity is 80"),
         ({"keep": np.array([61], np.int32)}, "holds 60 rows, keeps 61"),
         ({"plan": good["plan"][..., :70]}, "plan is \\[2,1,2,70\\], not \\[-1,1,-1,80\\]"),
-        ({"key_new": good["key_new"][..., :16]}, "key_new is \\[1,1,2,16\\], not \\[1,1,2,32\\]"),
+        ({"key_new": good["key_new"][..., :16]}, "key_new is \\[1,1,2,16\\], not \\[1,-1,2,32\\]"),
+        ({"value_new": good["value_new"][..., :16]}, "value_new is \\[1,1,2,16\\], not \\[1,1,2,32\\]"),
+        ({"query": np.repeat(good["query"], 2, 1)}, "key_new has another number of tokens than query"),
+        ({"query": good["query"][:, :, :3]}, "the heads of query and key do not fit"),
     ):
         with pytest.raises(Exception, match=f"KeySieveAttend: .*{message}"):
             runner.run(None, {**good, **change})
+    packed, runner = together(good), session("float32", True, False, 0, 0.0, packed=True)
+    runner.run(None, packed)
+    for size in (100, 192 - 64):  # less than a head too much, and no query at all
+        with pytest.raises(Exception, match="KeySieveAttend: the heads of query and key do not fit"):
+            runner.run(None, {**packed, "query": packed["query"][..., :size]})
