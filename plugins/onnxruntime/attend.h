@@ -1,7 +1,8 @@
 // KeySieveAttend: KeySieveUpdate, RoPE of the new queries and keys, and attention over the cache, in one node.
 //
 // query [B,S,Hq,D], key_new [B,S,Hkv,D], value_new [B,S,Hkv,Dv]: float, before RoPE where cosine and sine [B,S,D] are
-// given (half-split), or all of a token behind each other in query [B,S,Hq*D + Hkv*D + Hkv*Dv]; length, plan, keep, key, value as in KeySieveUpdate; sinks [Hq]: logits of attention sinks.
+// given (half-split), or all of a token behind each other in query [B,S,Hq*D + Hkv*D + Hkv*Dv]; length, plan, keep, key,
+// value as in KeySieveUpdate; sinks [Hq]: logits of attention sinks.
 // Outputs: read [B,S,Hq,Dv], key_out, value_out. Token s sees the rows up to its own, the last `window` of them (0: all).
 #pragma once
 
