@@ -93,6 +93,7 @@ class Benchmark:
         self.prompt = _prompt_tokens(max(*sizes.histories, *sizes.length, sizes.prefill))
         self.limit = json.loads((MODEL / "config.json").read_text())["max_position_embeddings"]
         self.versions: dict[str, Any] = {}
+        self.loading: dict[Entry, dict[str, float]] = {}  # seconds, and resident memory then
 
     # -- comparisons ---------------------------------------------------------------------------------------------
     def decode(self) -> None:
@@ -219,6 +220,7 @@ class Benchmark:
             }
             for number, sample in enumerate(samples)
         ]
+        row |= self.loading[entry]
         row["rss_drift"] = samples[-1]["rss"] / samples[0]["rss"] - 1
         return row
 
@@ -328,7 +330,9 @@ class Benchmark:
                 }
                 if entry.contestant == "official":
                     setting |= {"folder": str(self.options.official), "statistics": str(OFFICIAL_STATISTICS)}
-                self.versions[entry.contestant] = workers[entry]("load", **setting)["versions"]
+                loaded = workers[entry]("load", **setting)
+                self.versions[entry.contestant] = loaded["versions"]
+                self.loading[entry] = {"load_s": loaded["wall_s"], "loaded_rss": loaded["rss"]}
             except (SetupError, WorkerError) as error:
                 workers.pop(entry, None)
                 self._skip(entry, error)

@@ -22,6 +22,8 @@ CELLS = {  # column -> field, factor, format
     "not due, us CPU": ("idle_us_cpu", 1, ".0f"),
     "share of decode time": ("round_share", 100, ".2f"),
     "KV MB": ("kv_bytes", 1 / MB, ".1f"),
+    "load, s": ("load_s", 1, ".1f"),
+    "loaded MB": ("loaded_rss", 1 / MB, ".0f"),
     "peak MB": ("peak_rss", 1 / MB, ".0f"),
     "growth of resident memory, %": ("rss_drift", 100, ".1f"),
     "counters exact": ("counters_exact", None, ""),
@@ -31,6 +33,9 @@ CELLS = {  # column -> field, factor, format
     "perplexity": ("ppl", 1, ".2f"),
     "float32": ("ppl_dense", 1, ".2f"),
 }
+
+
+MEMORY = ("load, s", "loaded MB", "ms CPU", "KV MB", "peak MB", "growth of resident memory, %")
 
 
 def write_report(result: dict[str, Any]) -> None:
@@ -97,9 +102,10 @@ beside it (the steps of an interval are medians over turns).
 {_chunks(rows)}
 ## Memory
 
-A fresh process reads the prompt and generates. Peak: of the whole process, files that it maps included.
+A fresh process loads the model, reads the prompt and generates. Peak: of the whole process, files that it maps \
+included.
 
-{_table(rows, "memory", "ms CPU", "KV MB", "peak MB", "growth of resident memory, %")}{shown("memory")}
+{_table(rows, "memory", *MEMORY)}{shown("memory")}
 ## One eviction round
 
 "copy": copying keys and values of as many rows as the budget once, in every layer. "not due": what eviction adds to \

@@ -14,7 +14,6 @@ from keysieve.compiler.bundle import Bundle
 from keysieve.plugins.onnxruntime.build import find_library
 
 RUNS, TURNS = 200, 5
-GIVEN = ("input_ids", "position", "count", "length_next", "budget", "limit", "pinned")
 
 
 def idle_microseconds(bundle: Bundle, batch: int, capacity: int) -> float:
@@ -23,17 +22,19 @@ def idle_microseconds(bundle: Bundle, batch: int, capacity: int) -> float:
     capacity: rows of the caches, half of which are held.
     """
     model = ir.load(bundle.native_model or bundle.model)
-    values = [*model.graph.inputs, *model.graph.outputs]
-    caches = [value for value in values if value.name.startswith("key_") and value.name.endswith("_next")]
     plans = [v for v in model.graph.outputs if v.name.startswith(("plan", "keep", "evicted"))]
-    model.graph = ir.convenience.extract(model.graph, [*(v for v in values if v.name in GIVEN), *caches], plans)
+    given = _given(_only_for(model.graph, plans))
+    model.graph = ir.convenience.extract(model.graph, given, plans)
     numbers = {"limit": capacity, "budget": capacity, "length_next": capacity // 2, "position": capacity // 2}
     feeds = {}
-    for value in model.graph.inputs:
-        sizes = [size if isinstance(size, int) else 1 for size in value.shape]
+    for value in given:
+        if value.shape is None:  # a size that the model computes: the batch
+            value.shape = ir.Shape([1])
+            numbers[value.name] = batch
+        sizes = [size if isinstance(size, int) else batch for size in value.shape]
         if value.name.startswith("key_"):
             sizes[2] = capacity
-        feeds[value.name] = np.full([batch, *sizes[1:]], numbers.get(value.name, 1), value.dtype.numpy())
+        feeds[value.name] = np.full(sizes, numbers.get(value.name, 1), value.dtype.numpy())
     x = ir.Value(name="x", shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT32))
     same = ir.node("Identity", [x])
     empty = ir.Model(ir.Graph([x], same.outputs, nodes=[same], opset_imports={"": 24}, name="empty"), ir_version=10)
@@ -41,6 +42,31 @@ def idle_microseconds(bundle: Bundle, batch: int, capacity: int) -> float:
         full = _seconds(model, feeds, Path(folder) / "model.onnx")
         none = _seconds(empty, {"x": np.ones(1, np.int32)}, Path(folder) / "empty.onnx")
         return 1e6 * statistics.median(full() - none() for _ in range(TURNS))
+
+
+def _only_for(graph: ir.Graph, plans: list[ir.Value]) -> set[ir.Node]:
+    """The nodes whose results only the plans need, those inside of others included."""
+    found: set[ir.Node] = set()
+    for node in reversed(graph):
+        wanted = [output for output in node.outputs if output not in plans]
+        if not any(output.is_graph_output() for output in wanted) and all(
+            use.node in found for output in wanted for use in output.uses()
+        ):
+            inner = [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+            found |= {node, *(child for branch in inner for child in branch)}
+    return found
+
+
+def _given(nodes: set[ir.Node]) -> list[ir.Value]:
+    """What these take from elsewhere and is not constant."""
+    values = [value for node in nodes for value in node.inputs if value is not None]
+    outside = [value for value in values if value.producer() not in nodes and not _constant(value)]
+    return sorted(dict.fromkeys(outside), key=lambda value: value.name)
+
+
+def _constant(value: ir.Value) -> bool:
+    node = value.producer()
+    return value.is_initializer() if node is None else all(map(_constant, filter(None, node.inputs)))
 
 
 def _seconds(model: ir.Model, feeds: dict[str, np.ndarray], file: Path) -> Callable[[], float]:
