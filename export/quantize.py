@@ -163,12 +163,12 @@ def _replace_products(
         "accuracy_level": INT8_ACTIVATIONS,
     }
     product = ir.node("MatMulNBits", [x, *integers], attributes, domain=DOMAIN)
-    one, all_of_them = members[0][0].outputs[0], product.outputs[0]
-    all_of_them.type = one.type
-    if one.shape is not None:
-        all_of_them.shape = ir.Shape([*one.shape[:-1], sum(sizes)])
     new, results = [product], product.outputs
     if len(members) > 1:
+        one, together = members[0][0].outputs[0], product.outputs[0]
+        together.type = one.type
+        if one.shape is not None:
+            together.shape = ir.Shape([*one.shape[:-1], sum(sizes)])
         lengths = ir.node("Constant", [], {"value_ints": sizes})
         split = ir.node("Split", [product.outputs[0], lengths.outputs[0]], {"axis": -1}, num_outputs=len(sizes))
         new, results = [product, lengths, split], split.outputs

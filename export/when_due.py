@@ -22,8 +22,9 @@ LENGTH, LIMIT, CENTRE, WEIGHT = (
 def compute_when_due(graph: ir.Graph) -> int:
     """Move the nodes that only the centres and weights of scores need into an If; returns how many these are."""
     scores = [node for node in graph if node.op_type == SCORE.name]
-    moved = _only_for(graph, scores)
-    given = {value: None for score in scores for value in _centre_and_weight(score) if value.producer() in moved}
+    moved = only_for(graph, [(score, place) for score in scores for place in (CENTRE, WEIGHT)])
+    used = [score.inputs[place] for score in scores for place in (CENTRE, WEIGHT)]
+    given = dict.fromkeys(value for value in used if value is not None and value.producer() in moved)
     if not given:
         return 0
     condition = _any_due(scores[0])
@@ -52,22 +53,21 @@ def compute_when_due(graph: ir.Graph) -> int:
     return len(order)
 
 
-def _centre_and_weight(score: ir.Node) -> Sequence[ir.Value]:
-    return [value for place in (CENTRE, WEIGHT) if (value := score.inputs[place]) is not None]
+def only_for(
+    graph: ir.Graph, inputs: Sequence[tuple[ir.Node, int]] = (), outputs: Sequence[ir.Value] = ()
+) -> set[ir.Node]:
+    """The nodes whose results go nowhere but, at last, to these inputs of nodes and outputs of the graph.
 
-
-def _only_for(graph: ir.Graph, scores: Sequence[ir.Node]) -> set[ir.Node]:
-    """The nodes whose results go nowhere but, at last, into the centres and weights of the scores."""
+    Nodes inside of a found one are among them.
+    """
     found: set[ir.Node] = set()
-    for node in reversed(list(graph)):
+    for node in reversed(graph):
         uses = [use for output in node.outputs for use in output.uses()]
-        needed = any(output.is_graph_output() for output in node.outputs)
-        if (
-            uses
-            and not needed
-            and all(use.node in found or (use.node in scores and use.idx in (CENTRE, WEIGHT)) for use in uses)
-        ):
-            found.add(node)
+        leaving = [output for output in node.outputs if output.is_graph_output()]
+        only = all(use.node in found or (use.node, use.idx) in inputs for use in uses)
+        if (uses or leaving) and only and all(output in outputs for output in leaving):
+            branches = [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+            found |= {node, *(inside for branch in branches for inside in branch)}
     return found
 
 

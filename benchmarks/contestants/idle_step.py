@@ -11,6 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from keysieve.compiler.bundle import Bundle
+from keysieve.export.when_due import only_for
 from keysieve.plugins.onnxruntime.build import find_library
 
 RUNS, TURNS = 200, 5
@@ -23,7 +24,7 @@ def idle_microseconds(bundle: Bundle, batch: int, capacity: int) -> float:
     """
     model = ir.load(bundle.native_model or bundle.model)
     plans = [v for v in model.graph.outputs if v.name.startswith(("plan", "keep", "evicted"))]
-    given = _given(_only_for(model.graph, plans))
+    given = _given(only_for(model.graph, outputs=plans))
     model.graph = ir.convenience.extract(model.graph, given, plans)
     numbers = {"limit": capacity, "budget": capacity, "length_next": capacity // 2, "position": capacity // 2}
     feeds = {}
@@ -42,19 +43,6 @@ def idle_microseconds(bundle: Bundle, batch: int, capacity: int) -> float:
         full = _seconds(model, feeds, Path(folder) / "model.onnx")
         none = _seconds(empty, {"x": np.ones(1, np.int32)}, Path(folder) / "empty.onnx")
         return 1e6 * statistics.median(full() - none() for _ in range(TURNS))
-
-
-def _only_for(graph: ir.Graph, plans: list[ir.Value]) -> set[ir.Node]:
-    """The nodes whose results only the plans need, those inside of others included."""
-    found: set[ir.Node] = set()
-    for node in reversed(graph):
-        wanted = [output for output in node.outputs if output not in plans]
-        if not any(output.is_graph_output() for output in wanted) and all(
-            use.node in found for output in wanted for use in output.uses()
-        ):
-            inner = [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
-            found |= {node, *(child for branch in inner for child in branch)}
-    return found
 
 
 def _given(nodes: set[ir.Node]) -> list[ir.Value]:

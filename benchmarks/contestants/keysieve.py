@@ -26,8 +26,10 @@ class KeySieve(Contestant):
         self.engine = load(model, threads)
         self.chunk = chunk or interval
         self.batch = batch
-        evicting = {"budget": budget, "capacity": (budget or 0) + max(interval, self.chunk), "chunk": self.chunk}
-        self.setting = {"dense": True, "capacity": longest} if policy == "dense" else evicting
+        if policy == "dense":
+            self.setting = {"dense": True, "capacity": longest}
+        else:
+            self.setting = {"budget": budget, "capacity": budget + max(interval, self.chunk), "chunk": self.chunk}
         self.session = None
         self.one, self.index = np.ones(batch, np.int32), np.zeros((batch, 1), np.int64)
 

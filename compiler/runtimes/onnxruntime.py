@@ -117,8 +117,8 @@ class OnnxRuntime:
 
 def _usable_cores() -> int:
     """How many cores the process is kept to; 0, ONNX Runtime's own choice, where it may use all."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return 0 if usable == os.cpu_count() else usable or 0
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0
+    return usable if usable != os.cpu_count() else 0
 
 
 _BUILD = "`keysieve plugin build --ort` builds it (it needs a C++ compiler)"

@@ -5,13 +5,14 @@ from collections import Counter
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
 
 from keysieve.compiler.config import EvictionConfig, PolicyConfig
 from keysieve.errors import ConfigError
-from keysieve.export.onnx import export_onnx
+from keysieve.export.onnx import _save, export_onnx
 from keysieve.plugins.contract import DOMAIN, NODES
 from keysieve.plugins.tensorrt.configuration import read_configuration
 from keysieve.version import __version__
@@ -265,3 +266,20 @@ def test_float16_file_runs_in_onnxruntime(half, generated):
     kinds = {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
     kinds |= {t.name: t.data_type for t in model.graph.initializer}
     assert [kinds[name] for name in score.input[3:5]] == [onnx.TensorProto.FLOAT] * 2
+
+
+def test_tensors_of_the_same_memory_are_written_once(tmp_path):
+    numbers = np.arange(600, dtype=np.float32)
+    shapes = {"flat": (600,), "table": (20, 30)}
+    values = [
+        ir.Value(name=name, const_value=ir.tensor(numbers.reshape(shape), name=name), shape=ir.Shape(shape))
+        for name, shape in shapes.items()
+    ]
+    for value in values:
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph([], values, nodes=[], initializers=values, opset_imports={"": 24}, name="twins")
+    _save(ir.Model(graph, ir_version=11), tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx.data").stat().st_size == numbers.nbytes
+    read = ir.load(tmp_path / "model.onnx").graph.initializers
+    for name, shape in shapes.items():
+        assert np.array_equal(read[name].const_value.numpy(), numbers.reshape(shape))
