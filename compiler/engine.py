@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from safetensors.numpy import load_file
 
 from keysieve.compiler.bundle import STATE, Bundle, open_bundle
@@ -248,6 +247,8 @@ class Engine:
             return list(self.tokenizer(text)["input_ids"])
         if not self.tokenizer.chat_template:
             raise EngineError(f"{self.bundle.path}: the model's tokenizer has no chat template; leave chat out")
+        from jinja2 import TemplateError
+
         message = [{"role": "user", "content": text}]
         try:
             rendered = self.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)

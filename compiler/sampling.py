@@ -42,7 +42,7 @@ class Sampler:
             return [int(token) for token in logits.argmax(-1)]
         return [self._draw(row, stream) for row, stream in zip(logits, self._streams, strict=True)]
 
-    def _draw(self, logits: np.ndarray, stream: np.random.Generator) -> int:
+    def _draw(self, logits: np.ndarray, stream: "np.random.Generator") -> int:
         options = self._sampling
         scaled = logits.astype(np.float64) / options.temperature
         candidates = np.arange(len(scaled))

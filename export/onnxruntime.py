@@ -3,10 +3,14 @@
     query, key, value -> RoPE -> KeySieveUpdate -> Attention
 becomes
     query, key, value, cos, sin -> KeySieveAttend
+and
+    MatMulNBits
+becomes
+    KeySieveLinear
 
 which the custom-op library of keysieve.plugins.onnxruntime brings: one node a layer instead of some thirty, no copy of
-a cache, and work for the rows held instead of for the capacity. RoPE stays in front of it where it is not half-split
-over all dims, and layers of chunks stay as they are.
+a cache, work for the rows held instead of for the capacity, and integer weights that are read where they are mapped.
+RoPE stays in front where it is not half-split over all dims, and layers of chunks stay as they are.
 """
 
 from collections.abc import Sequence
@@ -17,7 +21,8 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from keysieve.export.take_over import take_over
+from keysieve.export.read_in_place import read_in_place
+from keysieve.export.rewriting import both_ways, producer, take_over
 from keysieve.export.when_due import compute_when_due
 from keysieve.passes.result import Attention
 from keysieve.plugins.contract import ATTEND, DOMAIN, NAMESPACE, NODES, UPDATE
@@ -40,6 +45,7 @@ def export_for_onnxruntime(model: Path, output: Path, attentions: Sequence[Atten
         fused += not attention.chunk and _fuse_attention(graph, node, attention)
     for node in graph:
         node.overload = ""  # the library's ops serve every shape
+    read_in_place(graph)
     _divide(graph)
     compute_when_due(graph)
     common.RemoveUnusedNodesPass()(graph_model)
@@ -66,7 +72,7 @@ def _fuse_attention(graph: ir.Graph, update: ir.Node, attention: Attention) -> b
         return False
     query, (*new_rows, length, plan, keep, key, value) = read_cache.query, update.inputs
     # Where the caches are of another type, the op itself rounds the new rows.
-    key_new, value_new = (cast.inputs[0] if (cast := _producer(row, "Cast")) else row for row in new_rows)
+    key_new, value_new = (cast.inputs[0] if (cast := producer(row, "Cast")) else row for row in new_rows)
     query_rope, key_rope = _half_split(query), _half_split(key_new)
     cos = sin = None
     if query_rope and key_rope and query_rope[1:] == key_rope[1:]:
@@ -110,11 +116,11 @@ def _read_of(key: ir.Value, value: ir.Value) -> _Read | None:
         weighted = next((node for node in readers if node.op_type == "MatMul"), None)
         if product is None or weighted is None:
             continue
-        query, weights = _producer(product.inputs[0], "Reshape"), weighted.inputs[0]
+        query, weights = producer(product.inputs[0], "Reshape"), weighted.inputs[0]
         result = next((user.node for user in weighted.outputs[0].uses() if user.node.op_type == "Reshape"), None)
         softmax = _first_above(weights, "Softmax")
         if query is not None and result is not None and softmax is not None:
-            sinks = _producer(softmax.inputs[0], "Concat")
+            sinks = producer(softmax.inputs[0], "Concat")
             return _Read(query.inputs[0], result.outputs[0], _first_of_one_axis(sinks.inputs[1]) if sinks else None)
     return None
 
@@ -145,12 +151,12 @@ def _through_casts(value: ir.Value) -> list[Any]:
 
 def _half_split(rotated: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value] | None:
     """x, cos and sin [B,S,D] of x * cos + concat(-x[half:], x[:half]) * sin; None for any other form."""
-    total = _producer(rotated, "Add")
+    total = producer(rotated, "Add")
     for first, second in ((0, 1), (1, 0)) if total else ():
-        plain, turned = (_producer(total.inputs[i], "Mul") for i in (first, second))  # type: ignore[union-attr]
-        for x, cos in _both_ways(plain):
-            for swapped, sin in _both_ways(turned):
-                tables = [_producer(table, "Unsqueeze") for table in (cos, sin)]
+        plain, turned = (producer(total.inputs[i], "Mul") for i in (first, second))  # type: ignore[union-attr]
+        for x, cos in both_ways(plain):
+            for swapped, sin in both_ways(turned):
+                tables = [producer(table, "Unsqueeze") for table in (cos, sin)]
                 if all(tables) and _swapped_halves(swapped, x):
                     cosine, sine = (table.inputs[0] for table in tables)  # type: ignore[union-attr]
                     if len(cosine.shape or ()) == len(sine.shape or ()) == 3:  # type: ignore[union-attr]
@@ -158,18 +164,14 @@ def _half_split(rotated: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value]
     return None
 
 
-def _both_ways(product: ir.Node | None) -> list[tuple[ir.Value, ir.Value]]:
-    return [] if product is None else [tuple(product.inputs), tuple(reversed(product.inputs))]  # type: ignore[list-item]
-
-
 def _swapped_halves(value: ir.Value, x: ir.Value) -> bool:
     """Whether value is concat(-x[half:], x[:half]) along the last of four axes."""
-    concat = _producer(value, "Concat")
+    concat = producer(value, "Concat")
     if concat is None or len(concat.inputs) != 2 or concat.attributes["axis"].as_int() not in (-1, 3):
         return False
-    negative = _producer(concat.inputs[0], "Neg")
-    upper = _producer(negative.inputs[0], "Slice") if negative is not None else None
-    lower = _producer(concat.inputs[1], "Slice")
+    negative = producer(concat.inputs[0], "Neg")
+    upper = producer(negative.inputs[0], "Slice") if negative is not None else None
+    lower = producer(concat.inputs[1], "Slice")
     size = x.shape[3] if x.shape is not None and len(x.shape) == 4 else None
     if not isinstance(size, int) or upper is None or lower is None:
         return False
@@ -211,9 +213,9 @@ def _tokens_first(value: ir.Value | None, new: list[ir.Node]) -> ir.Value:
 
 def _packed(rows: Sequence[ir.Value]) -> list[ir.Value | None] | None:
     """One value [B,S,N] in whose last axis query, key and value [B,S,H,D] follow each other; None if there is none."""
-    reshapes = [_producer(value, "Reshape") for value in rows]
+    reshapes = [producer(value, "Reshape") for value in rows]
     parts = [reshape.inputs[0] if reshape is not None else None for reshape in reshapes]
-    split = _producer(parts[0], "Split")
+    split = producer(parts[0], "Split")
     if split is None or list(split.outputs) != parts or len(split.inputs[0].shape or ()) != 3:  # type: ignore[union-attr]
         return None
     return [split.inputs[0], None, None] if split.attributes["axis"].as_int() in (-1, 2) else None
@@ -223,17 +225,12 @@ def _is_transpose(node: ir.Node) -> bool:
     return node.op_type == "Transpose" and tuple(node.attributes["perm"].as_ints()) == TOKENS_FIRST
 
 
-def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == op_type else None
-
-
 def _divide(graph: ir.Graph) -> None:
     """x * (1 / sqrt(v)) as x / sqrt(v): the form in which ONNX Runtime recognises a norm and makes one node of it."""
     for node in list(graph):
-        for x, other in _both_ways(node) if node.op_type == "Mul" else ():
-            reciprocal = _producer(other, "Reciprocal")
-            if reciprocal is not None and _producer(reciprocal.inputs[0], "Sqrt"):
+        for x, other in both_ways(node) if node.op_type == "Mul" else ():
+            reciprocal = producer(other, "Reciprocal")
+            if reciprocal is not None and producer(reciprocal.inputs[0], "Sqrt"):
                 quotient = ir.node("Div", [x, reciprocal.inputs[0]])
                 graph.insert_before(node, quotient)
                 take_over(node.outputs[0], quotient.outputs[0])

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from keysieve.export.take_over import take_over
+from keysieve.export.rewriting import take_over
 
 BITS = {"int8": 8, "int4": 4}
 DOMAIN = "com.microsoft"
@@ -75,8 +75,8 @@ def quantize(model: ir.Model, weights: str) -> Quantized:
         if matrix is not None and matrix.tensor.dtype == ir.DataType.FLOAT:
             bits = 8 if node in last else BITS[weights]
             alike.setdefault((node.inputs[0], bits), []).append((node, matrix))
-    for (x, bits), members in alike.items():
-        _replace_products(model.graph, x, bits, members, integers.products([matrix for _, matrix in members], bits))
+    for (_, bits), members in alike.items():
+        _replace_products(model.graph, bits, members, integers.products([matrix for _, matrix in members], bits))
     for node in [node for node in model.graph if node.op_type == "Gather"]:
         matrix = _constant_matrix(node.inputs[0])
         if matrix is not None and not matrix.transposed and _fits_gather(node, matrix.tensor):
@@ -89,6 +89,11 @@ def quantize(model: ir.Model, weights: str) -> Quantized:
     model.opset_imports[DOMAIN] = 1
     done = sum(map(len, alike.values()))
     return Quantized(products, done, integers.bytes_before, integers.bytes_after, integers.error)
+
+
+def integer_products(graph: ir.Graph) -> list[ir.Node]:
+    """The products that quantize made."""
+    return [node for node in graph if node.op_type == "MatMulNBits" and node.domain == DOMAIN]
 
 
 class _Integers:
@@ -152,7 +157,7 @@ class _Integers:
 
 
 def _replace_products(
-    graph: ir.Graph, x: Any, bits: int, members: Sequence[tuple[ir.Node, _Matrix]], integers: Sequence[ir.Value]
+    graph: ir.Graph, bits: int, members: Sequence[tuple[ir.Node, _Matrix]], integers: Sequence[ir.Value]
 ) -> None:
     sizes = [matrix.shape[1] for _, matrix in members]
     attributes = {
@@ -162,6 +167,7 @@ def _replace_products(
         "block_size": BLOCK,
         "accuracy_level": INT8_ACTIVATIONS,
     }
+    x = members[0][0].inputs[0]  # a product that was replaced may make it
     product = ir.node("MatMulNBits", [x, *integers], attributes, domain=DOMAIN)
     new, results = [product], product.outputs
     if len(members) > 1:

@@ -108,6 +108,22 @@ ATTEND = PluginNode(
     attributes={"layer": int, "scale": float, "softcap": float, "window": int},
 )
 
+# A product with the integers that export.quantize makes, for the same library alone, which reads them where they lie in
+# the file. blocks is K/32 rounded up; weight may be a reshape that keeps N. Where gated is 1, x has 2K, and
+# silu(first half) * second half is multiplied.
+LINEAR = PluginNode(
+    "KeySieveLinear",
+    "1",
+    inputs=(
+        Port("x", "...,K", "float32"),
+        Port("weight", "N,blocks,4*bits", "uint8"),
+        Port("scale", "N,blocks", "float32"),
+        Port("zero", "N,bytes", "uint8"),
+    ),
+    outputs=(Port("y", "...,N", "float32"),),
+    attributes={"N": int, "K": int, "bits": int, "gated": int},
+)
+
 # What linear attention needs in an ONNX file. No plugin carries it: the function body runs everywhere.
 LINEAR_ATTENTION = PluginNode(
     "KeySieveLinearAttention",

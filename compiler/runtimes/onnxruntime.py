@@ -94,6 +94,7 @@ class OnnxRuntime:
             raise EngineError(f"threads is {threads}; it must be at least 1")
         options.intra_op_num_threads = threads or _usable_cores()
         options.log_severity_level = 3
+        options.enable_mem_pattern = False  # it keeps a block for each shape of a step, and no step is faster
         self.library = None if native is False else find_library()
         model = bundle.model
         if self.library is not None:

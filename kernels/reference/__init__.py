@@ -1,9 +1,10 @@
 """The specification of the operations in plain torch; every faster carrier is compared with it."""
 
 from keysieve.kernels.reference.attend import attend, visible
+from keysieve.kernels.reference.linear import linear, unpacked
 from keysieve.kernels.reference.linear_attention import linear_attention
 from keysieve.kernels.reference.score import score
 from keysieve.kernels.reference.select import select
 from keysieve.kernels.reference.update import update
 
-__all__ = ["attend", "linear_attention", "score", "select", "update", "visible"]
+__all__ = ["attend", "linear", "linear_attention", "score", "select", "unpacked", "update", "visible"]

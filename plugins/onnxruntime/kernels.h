@@ -37,6 +37,23 @@ struct Centres {
     bool interleaved;
 };
 
+// Weights of 4 or 8 bits, in blocks of kBlock that share a scale and a zero, as MatMulNBits has them: the first of two in
+// a byte has its low bits, and a row's zeros fill whole bytes.
+constexpr int64_t kBlock = 32;
+struct Integers {
+    uint8_t const* weight; // [rows, blocks, kBlock * bits / 8]
+    float const* scale;    // [rows, blocks]
+    uint8_t const* zero;   // [rows, (blocks * bits + 7) / 8]
+    int64_t rows, blocks, bits;
+};
+
+// Activations as integers of 8 bits, four in each of these; with weights of 4 bits, a block's even ones come first.
+struct Rounded {
+    int32_t const* integers; // [tokens, blocks, kBlock / 4]
+    float const* scale;      // [tokens, blocks]
+    float const* total;      // the sum of the block's integers, times its scale
+};
+
 struct Kernels {
     char const* name;
     // Floats to rows of a cache.
@@ -55,11 +72,18 @@ struct Kernels {
     void (*standardise)(float const* scores, int64_t rows, float* standard);
     // The rank-th highest of values, none of which is NaN; rank is 1 or more, and at most `rows`.
     float (*ranked)(float const* values, int64_t rows, int64_t rank);
+    // One token's x [depth] as integers, or where `times` is given, silu(x) * times; zeros fill the last block.
+    void (*roundBlocks)(float const* x, float const* times, int64_t depth, int64_t bits, int32_t* integers, float* scale,
+                        float* total);
+    // y [tokens, w.rows]: one of `parts` of its columns; work: linearWork() floats.
+    void (*linear)(Integers const& w, int64_t part, int64_t parts, Rounded const&, int64_t tokens, float* work, float* y);
+    int64_t (*linearWork)(int64_t blocks);
     int64_t (*fewWork)(int64_t queries, int64_t rows);
     int64_t (*manyWork)(int64_t queries, int64_t keyDim, int64_t valueDim);
 };
 
 // Null where it was not compiled for this processor family.
+Kernels const* avx512vnniKernels();
 Kernels const* avx512Kernels();
 Kernels const* avx2Kernels();
 Kernels const* portableKernels();

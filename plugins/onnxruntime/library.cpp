@@ -1,6 +1,7 @@
 // The entry point that ONNX Runtime calls, and the list of ops. Each is there once for every dtype of a cache.
 
 #include "attend.h"
+#include "linear.h"
 #include "score.h"
 #include "select.h"
 #include "update.h"
@@ -31,7 +32,8 @@ template <CacheType T> std::vector<ort::CustomOp*> opsOf() {
 std::vector<ort::CustomOp*> allOps() {
     static Op<Select> select("KeySieveSelect", {{ort::kFloat}, {ort::kInt32}, {ort::kInt32}, {ort::kInt32}, {ort::kInt32}},
                              {{ort::kInt32}, {ort::kInt32}, {ort::kInt32}});
-    std::vector<ort::CustomOp*> ops{&select};
+    static Op<Linear> linear("KeySieveLinear", {{ort::kFloat}, {ort::kUInt8}, {ort::kFloat}, {ort::kUInt8}}, {{ort::kFloat}});
+    std::vector<ort::CustomOp*> ops{&select, &linear};
     for (auto const& some : {opsOf<kCacheFloat>(), opsOf<kCacheFloat16>(), opsOf<kCacheBFloat16>()})
         ops.insert(ops.end(), some.begin(), some.end());
     return ops;

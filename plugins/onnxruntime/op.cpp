@@ -65,6 +65,19 @@ Context::Context(ort::Api const& api, ort::KernelContext* context) : api_(api), 
     check(api_, api_.call(ort::kGetInputCount, static_cast<ort::KernelContext const*>(context_), &inputs_));
 }
 
+Tensor Context::any(size_t index) const {
+    ort::Value const* value = nullptr;
+    if (index < inputs_)
+        check(api_, api_.call(ort::kGetInput, static_cast<ort::KernelContext const*>(context_), index, &value));
+    return tensor(api_, value);
+}
+
+Tensor Context::input(size_t index, char const* name) const {
+    Tensor const result = any(index);
+    if (!result) throw std::runtime_error(std::string(name) + " is missing");
+    return result;
+}
+
 Tensor Context::input(size_t index, char const* name, Shape const& expected) const {
     Tensor const result = optional(index, name, expected);
     if (result.shape.empty()) throw std::runtime_error(std::string(name) + " is missing");
@@ -72,11 +85,8 @@ Tensor Context::input(size_t index, char const* name, Shape const& expected) con
 }
 
 Tensor Context::optional(size_t index, char const* name, Shape const& expected) const {
-    ort::Value const* value = nullptr;
-    if (index < inputs_)
-        check(api_, api_.call(ort::kGetInput, static_cast<ort::KernelContext const*>(context_), index, &value));
-    if (!value) return {};
-    Tensor result = tensor(api_, value);
+    Tensor const result = any(index);
+    if (result.shape.empty()) return result;
     bool fits = result.shape.size() == expected.size();
     for (size_t axis = 0; fits && axis < expected.size(); ++axis)
         fits = expected[axis] == -1 || expected[axis] == result.shape[axis];

@@ -42,6 +42,8 @@ class Context {
 public:
     Context(ort::Api const& api, ort::KernelContext* context);
     size_t inputs() const { return inputs_; }
+    // Raises std::runtime_error where it is missing.
+    Tensor input(size_t index, char const* name) const;
     // Raises std::runtime_error where the shape is not the expected one; -1 takes any size.
     Tensor input(size_t index, char const* name, Shape const& expected) const;
     // The same of an input that may be left out.
@@ -58,6 +60,9 @@ public:
     }
 
 private:
+    // Empty where an optional input is left out.
+    Tensor any(size_t index) const;
+
     ort::Api const& api_;
     ort::KernelContext* context_;
     size_t inputs_ = 0;

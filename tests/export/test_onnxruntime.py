@@ -55,7 +55,7 @@ def test_what_one_product_makes_goes_in_together(root):
     bundle = tiny_bundle("llama", EVICTION, root, weights="int4", kv_dtype="float16")
     graph = onnx.load(bundle / "model.onnxruntime.onnx", load_external_data=False).graph
     attends = [node for node in graph.node if node.op_type == "KeySieveAttend"]
-    products = {node.output[0] for node in graph.node if node.op_type == "MatMulNBits"}
+    products = {node.output[0] for node in graph.node if node.op_type == "KeySieveLinear"}
     assert attends and all(node.input[0] in products and not any(node.input[1:3]) for node in attends)
     apart = tiny_bundle("llama", EVICTION, root)
     graph = onnx.load(apart / "model.onnxruntime.onnx", load_external_data=False).graph

@@ -1,6 +1,5 @@
 """KeySieveAttend of the custom-op library, on every instruction set that this processor has, against plain torch."""
 
-import ctypes
 from functools import lru_cache
 
 import ml_dtypes
@@ -15,25 +14,12 @@ from keysieve.plugins.contract import ATTEND, DOMAIN
 from keysieve.plugins.onnx.body import OPSET
 from keysieve.plugins.onnxruntime.build import find_library
 
-INSTRUCTIONS = ("avx512", "avx2", "portable")
 # of a cache: ONNX type, numpy type, and one unit in the last place of it, relative
 CACHES = {
     "float32": (TensorProto.FLOAT, np.float32, 1.2e-7),
     "float16": (TensorProto.FLOAT16, np.float16, 9.8e-4),
     "bfloat16": (TensorProto.BFLOAT16, ml_dtypes.bfloat16, 7.8e-3),
 }
-
-
-@pytest.fixture(params=INSTRUCTIONS)
-def instructions(request):
-    """The library runs on this instruction set."""
-    library = ctypes.CDLL(str(find_library()))
-    library.keysieve_instructions.restype = ctypes.c_char_p
-    before = library.keysieve_instructions()
-    if not library.keysieve_use(request.param.encode()):
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    library.keysieve_use(before)
 
 
 @lru_cache

@@ -1,0 +1,46 @@
+#include "linear.h"
+
+#include "kernels.h"
+
+namespace keysieve {
+
+void Linear::compute(Context& context) const {
+    constexpr int64_t kRows = 128; // that a thread works on at a time
+    Tensor const x = context.input(0, "x");
+    int64_t const width = gated_ ? 2 * depth_ : depth_;
+    if (x.shape.empty() || x.shape.back() != width)
+        throw std::runtime_error("x is " + text(x.shape) + ", not [..., " + std::to_string(width) + "]");
+    int64_t const blocks = (depth_ + kBlock - 1) / kBlock;
+    Tensor const weight = context.input(1, "weight");
+    int64_t bytes = 1;
+    for (int64_t size : weight.shape) bytes *= size;
+    if (weight.shape.empty() || weight.shape[0] != rows_ || bytes != rows_ * blocks * kBlock * bits_ / 8)
+        throw std::runtime_error("weight is " + text(weight.shape) + ", not " + text({rows_, blocks, kBlock * bits_ / 8}));
+    Tensor const scale = context.input(2, "scale", {rows_, blocks});
+    Tensor const zero = context.input(3, "zero", {rows_, (blocks * bits_ + 7) / 8});
+    Shape shape = x.shape;
+    shape.back() = rows_;
+    float* y = context.output(0, shape).as<float>();
+    int64_t tokens = 1;
+    for (size_t axis = 0; axis + 1 < x.shape.size(); ++axis) tokens *= x.shape[axis];
+    if (!tokens) return;
+
+    Kernels const& k = kernels();
+    size_t const count = static_cast<size_t>(tokens * blocks);
+    int32_t* integers = reinterpret_cast<int32_t*>(scratch(0, count * kBlock / 4));
+    float *scales = scratch(1, count), *totals = scratch(2, count);
+    context.parallel(static_cast<size_t>(tokens), [&](size_t token) {
+        int64_t const t = static_cast<int64_t>(token), at = t * blocks;
+        float const *first = x.as<float>() + t * width, *second = gated_ ? first + depth_ : nullptr;
+        k.roundBlocks(first, second, depth_, bits_, integers + at * kBlock / 4, scales + at, totals + at);
+    });
+    Integers const w = {weight.as<uint8_t>(), scale.as<float>(), zero.as<uint8_t>(), rows_, blocks, bits_};
+    Rounded const rounded = {integers, scales, totals};
+    int64_t const parts = (rows_ + kRows - 1) / kRows;
+    context.parallel(static_cast<size_t>(parts), [&](size_t part) {
+        float* work = scratch(3, static_cast<size_t>(k.linearWork(blocks)));
+        k.linear(w, static_cast<int64_t>(part), parts, rounded, tokens, work, y);
+    });
+}
+
+} // namespace keysieve
