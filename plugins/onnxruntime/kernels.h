@@ -37,8 +37,8 @@ struct Centres {
     bool interleaved;
 };
 
-// Weights of 4 or 8 bits, in blocks of kBlock that share a scale and a zero, as MatMulNBits has them: the first of two in
-// a byte has its low bits, and a row's zeros fill whole bytes.
+// Weights of 4 or 8 bits, in blocks of kBlock that share a scale and a zero, as MatMulNBits has them: the first of two
+// in a byte has its low bits, and a row's zeros fill whole bytes.
 constexpr int64_t kBlock = 32;
 struct Integers {
     uint8_t const* weight; // [rows, blocks, kBlock * bits / 8]
@@ -54,6 +54,7 @@ struct Rounded {
     float const* total;      // the sum of the block's integers, times its scale
 };
 
+// What is called work is aligned to 64 bytes.
 struct Kernels {
     char const* name;
     // Floats to rows of a cache.

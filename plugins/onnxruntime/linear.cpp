@@ -5,7 +5,7 @@
 namespace keysieve {
 
 void Linear::compute(Context& context) const {
-    constexpr int64_t kRows = 128; // that a thread works on at a time
+    constexpr int64_t kRows = 128, kParts = 64; // rows that a thread works on at a time, and how often at most
     Tensor const x = context.input(0, "x");
     int64_t const width = gated_ ? 2 * depth_ : depth_;
     if (x.shape.empty() || x.shape.back() != width)
@@ -36,7 +36,7 @@ void Linear::compute(Context& context) const {
     });
     Integers const w = {weight.as<uint8_t>(), scale.as<float>(), zero.as<uint8_t>(), rows_, blocks, bits_};
     Rounded const rounded = {integers, scales, totals};
-    int64_t const parts = (rows_ + kRows - 1) / kRows;
+    int64_t const parts = std::min((rows_ + kRows - 1) / kRows, kParts);
     context.parallel(static_cast<size_t>(parts), [&](size_t part) {
         float* work = scratch(3, static_cast<size_t>(k.linearWork(blocks)));
         k.linear(w, static_cast<int64_t>(part), parts, rounded, tokens, work, y);

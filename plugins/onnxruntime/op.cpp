@@ -103,10 +103,12 @@ Tensor Context::output(size_t index, Shape const& shape) const {
 }
 
 float* scratch(size_t slot, size_t floats) {
-    thread_local std::array<std::vector<float>, 8> buffers;
+    struct alignas(64) Line { float floats[16]; };
+    thread_local std::array<std::vector<Line>, 8> buffers;
     auto& buffer = buffers.at(slot);
-    if (buffer.size() < floats) buffer.resize(floats);
-    return buffer.data();
+    size_t const lines = (floats + 15) / 16;
+    if (buffer.size() < lines) buffer.resize(lines);
+    return buffer.empty() ? nullptr : buffer.data()->floats;
 }
 
 } // namespace keysieve

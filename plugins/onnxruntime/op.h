@@ -69,7 +69,7 @@ private:
 };
 
 // A buffer of the calling thread that only grows: no allocation in a step that is like the one before.
-// Every `slot` is a buffer of its own.
+// Every `slot` is a buffer of its own; it begins where a vector of any width may.
 float* scratch(size_t slot, size_t floats);
 
 // One input or output of an op.
