@@ -79,6 +79,10 @@ struct Kernels {
     // y [tokens, w.rows]: one of `parts` of its columns; work: linearWork() floats.
     void (*linear)(Integers const& w, int64_t part, int64_t parts, Rounded const&, int64_t tokens, float* work, float* y);
     int64_t (*linearWork)(int64_t blocks);
+    // The same with weight [rows, depth] and x [tokens, depth], both floats; work: matmulWork() floats.
+    void (*matmul)(float const* weight, int64_t rows, int64_t depth, int64_t part, int64_t parts, float const* x,
+                   int64_t tokens, float* work, float* y);
+    int64_t (*matmulWork)(int64_t tokens);
     int64_t (*fewWork)(int64_t queries, int64_t rows);
     int64_t (*manyWork)(int64_t queries, int64_t keyDim, int64_t valueDim);
 };

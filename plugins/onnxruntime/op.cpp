@@ -18,6 +18,19 @@ void check(ort::Api const& api, ort::Status* status) {
     throw std::runtime_error(words);
 }
 
+int64_t rowsOf(Tensor const& x, char const* name, int64_t width) {
+    if (x.shape.empty() || x.shape.back() != width)
+        throw std::runtime_error(std::string(name) + " is " + text(x.shape) + ", not [..., " + std::to_string(width) + "]");
+    int64_t rows = 1;
+    for (size_t axis = 0; axis + 1 < x.shape.size(); ++axis) rows *= x.shape[axis];
+    return rows;
+}
+
+int64_t partsOf(int64_t rows) {
+    constexpr int64_t kRows = 128, kMost = 64;
+    return std::min((rows + kRows - 1) / kRows, kMost);
+}
+
 int64_t Attributes::integer(char const* name) const {
     int64_t value = 0;
     check(api_, api_.call(ort::kGetAttributeInt64, info_, name, &value));
