@@ -4,12 +4,12 @@
 becomes
     query, key, value, cos, sin -> KeySieveAttend
 and
-    MatMulNBits
-becomes
-    KeySieveLinear
+    MatMul, MatMulNBits
+become
+    KeySieveMatMul, KeySieveLinear
 
 which the custom-op library of keysieve.plugins.onnxruntime brings: one node a layer instead of some thirty, no copy of
-a cache, work for the rows held instead of for the capacity, and integer weights that are read where they are mapped.
+a cache, work for the rows held instead of for the capacity, and weights that are read where they are mapped.
 RoPE stays in front where it is not half-split over all dims, and layers of chunks stay as they are.
 """
 

@@ -70,7 +70,7 @@ def quantize(model: ir.Model, weights: str) -> Quantized:
     products = 0
     alike: dict[Any, list[tuple[ir.Node, _Matrix]]] = {}
     for node in [node for node in model.graph if node.op_type == "MatMul"]:
-        matrix = _constant_matrix(node.inputs[1])
+        matrix = constant_matrix(node.inputs[1])
         products += matrix is not None
         if matrix is not None and matrix.tensor.dtype == ir.DataType.FLOAT:
             bits = 8 if node in last else BITS[weights]
@@ -78,7 +78,7 @@ def quantize(model: ir.Model, weights: str) -> Quantized:
     for (_, bits), members in alike.items():
         _replace_products(model.graph, bits, members, integers.products([matrix for _, matrix in members], bits))
     for node in [node for node in model.graph if node.op_type == "Gather"]:
-        matrix = _constant_matrix(node.inputs[0])
+        matrix = constant_matrix(node.inputs[0])
         if matrix is not None and not matrix.transposed and _fits_gather(node, matrix.tensor):
             data, scale, zero = integers.table(matrix)
             attributes = {"bits": 8, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
@@ -198,7 +198,7 @@ def _products_before(values: Sequence[ir.Value]) -> set[ir.Node]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node.op_type == "MatMul" and _constant_matrix(node.inputs[1]):
+        if node.op_type == "MatMul" and constant_matrix(node.inputs[1]):
             found.add(node)
         else:
             waiting += [value for value in node.inputs if value is not None]
@@ -220,7 +220,7 @@ def _unpacked(values: np.ndarray, bits: int) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def _constant_matrix(value: ir.Value | None) -> _Matrix | None:
+def constant_matrix(value: ir.Value | None) -> _Matrix | None:
     """The initializer behind an operand; None for anything else."""
     producer = value.producer() if value is not None else None
     transposed = producer is not None and producer.op_type == "Transpose"

@@ -1,26 +1,40 @@
-"""read_in_place: products with integer weights that are read where the file is mapped.
+"""read_in_place: products whose weights are read where the file is mapped.
 
+    x, W -> Transpose -> MatMul
+becomes
+    x, W -> KeySieveMatMul
+and
     x, W as integers -> MatMulNBits
 becomes
     x, W as integers -> KeySieveLinear
-and where gate and up are one product,
+where gate and up are one product,
     both -> Split -> silu(gate) * up -> MatMulNBits
 becomes
     both -> KeySieveLinear, which does this while it rounds what it reads
 """
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
-from keysieve.export.quantize import integer_products
+from keysieve.export.quantize import constant_matrix, integer_products
 from keysieve.export.rewriting import both_ways, producer, take_over
-from keysieve.plugins.contract import DOMAIN, LINEAR, NAMESPACE
+from keysieve.plugins.contract import DOMAIN, LINEAR, MATMUL, NAMESPACE, PluginNode
 
 
 def read_in_place(graph: ir.Graph) -> None:
-    """Put KeySieveLinear in place of every MatMulNBits, which packs a copy of its weights.
+    """Put KeySieveLinear and KeySieveMatMul in place of MatMulNBits and MatMul, which pack a copy of their weights.
 
     Integers that an embedding has too become the embedding's own, so that they are mapped once.
     """
+    _read_integers(graph)
+    for product in [node for node in graph if node.op_type == "MatMul"]:
+        matrix = constant_matrix(product.inputs[1])
+        if matrix is not None and matrix.transposed and matrix.tensor.dtype == ir.DataType.FLOAT:
+            _replace(graph, product, MATMUL, [product.inputs[0], graph.initializers[matrix.name]], {})
+
+
+def _read_integers(graph: ir.Graph) -> None:
     products = integer_products(graph)
     used = {value for product in products for value in product.inputs}
     others = {_place(value): value for value in graph.initializers.values() if value not in used}
@@ -28,11 +42,17 @@ def read_in_place(graph: ir.Graph) -> None:
         x, *integers = product.inputs
         integers = [others.get(_place(value), value) if _place(value) else value for value in integers]
         both = _gate_and_up(x)
-        attributes: dict[str, int | str] = {name: product.attributes[name].as_int() for name in ("N", "K", "bits")}
-        attributes |= {"gated": int(both is not None), "plugin_version": LINEAR.version, "plugin_namespace": NAMESPACE}
-        linear = ir.node(LINEAR.name, [both or x, *integers], attributes, domain=DOMAIN, name=product.name)
-        graph.insert_before(product, linear)
-        take_over(product.outputs[0], linear.outputs[0])
+        attributes = {name: product.attributes[name].as_int() for name in ("N", "K", "bits")}
+        _replace(graph, product, LINEAR, [both or x, *integers], {**attributes, "gated": int(both is not None)})
+
+
+def _replace(
+    graph: ir.Graph, product: ir.Node, by: PluginNode, inputs: Sequence[ir.Value | None], attributes: dict[str, int]
+) -> None:
+    versions = {"plugin_version": by.version, "plugin_namespace": NAMESPACE}
+    node = ir.node(by.name, inputs, {**attributes, **versions}, domain=DOMAIN, name=product.name)
+    graph.insert_before(product, node)
+    take_over(product.outputs[0], node.outputs[0])
 
 
 def _gate_and_up(x: ir.Value | None) -> ir.Value | None:

@@ -124,6 +124,15 @@ LINEAR = PluginNode(
     attributes={"N": int, "K": int, "bits": int, "gated": int},
 )
 
+# The same with float weights as they lie in the file.
+MATMUL = PluginNode(
+    "KeySieveMatMul",
+    "1",
+    inputs=(Port("x", "...,K", "float32"), Port("weight", "N,K", "float32")),
+    outputs=(Port("y", "...,N", "float32"),),
+    attributes={},
+)
+
 # What linear attention needs in an ONNX file. No plugin carries it: the function body runs everywhere.
 LINEAR_ATTENTION = PluginNode(
     "KeySieveLinearAttention",

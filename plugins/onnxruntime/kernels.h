@@ -37,8 +37,8 @@ struct Centres {
     bool interleaved;
 };
 
-// Weights of 4 or 8 bits, in blocks of kBlock that share a scale and a zero, as MatMulNBits has them: the first of two in
-// a byte has its low bits, and a row's zeros fill whole bytes.
+// Weights of 4 or 8 bits, in blocks of kBlock that share a scale and a zero, as MatMulNBits has them: the first of two
+// in a byte has its low bits, and a row's zeros fill whole bytes.
 constexpr int64_t kBlock = 32;
 struct Integers {
     uint8_t const* weight; // [rows, blocks, kBlock * bits / 8]
@@ -54,6 +54,7 @@ struct Rounded {
     float const* total;      // the sum of the block's integers, times its scale
 };
 
+// What is called work is aligned to 64 bytes.
 struct Kernels {
     char const* name;
     // Floats to rows of a cache.
@@ -78,6 +79,10 @@ struct Kernels {
     // y [tokens, w.rows]: one of `parts` of its columns; work: linearWork() floats.
     void (*linear)(Integers const& w, int64_t part, int64_t parts, Rounded const&, int64_t tokens, float* work, float* y);
     int64_t (*linearWork)(int64_t blocks);
+    // The same with weight [rows, depth] and x [tokens, depth], both floats; work: matmulWork() floats.
+    void (*matmul)(float const* weight, int64_t rows, int64_t depth, int64_t part, int64_t parts, float const* x,
+                   int64_t tokens, float* work, float* y);
+    int64_t (*matmulWork)(int64_t tokens);
     int64_t (*fewWork)(int64_t queries, int64_t rows);
     int64_t (*manyWork)(int64_t queries, int64_t keyDim, int64_t valueDim);
 };

@@ -2,6 +2,7 @@
 
 #include "attend.h"
 #include "linear.h"
+#include "matmul.h"
 #include "score.h"
 #include "select.h"
 #include "update.h"
@@ -33,7 +34,8 @@ std::vector<ort::CustomOp*> allOps() {
     static Op<Select> select("KeySieveSelect", {{ort::kFloat}, {ort::kInt32}, {ort::kInt32}, {ort::kInt32}, {ort::kInt32}},
                              {{ort::kInt32}, {ort::kInt32}, {ort::kInt32}});
     static Op<Linear> linear("KeySieveLinear", {{ort::kFloat}, {ort::kUInt8}, {ort::kFloat}, {ort::kUInt8}}, {{ort::kFloat}});
-    std::vector<ort::CustomOp*> ops{&select, &linear};
+    static Op<MatMul> matmul("KeySieveMatMul", {{ort::kFloat}, {ort::kFloat}}, {{ort::kFloat}});
+    std::vector<ort::CustomOp*> ops{&select, &linear, &matmul};
     for (auto const& some : {opsOf<kCacheFloat>(), opsOf<kCacheFloat16>(), opsOf<kCacheBFloat16>()})
         ops.insert(ops.end(), some.begin(), some.end());
     return ops;

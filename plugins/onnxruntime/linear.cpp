@@ -5,11 +5,8 @@
 namespace keysieve {
 
 void Linear::compute(Context& context) const {
-    constexpr int64_t kRows = 128; // that a thread works on at a time
     Tensor const x = context.input(0, "x");
-    int64_t const width = gated_ ? 2 * depth_ : depth_;
-    if (x.shape.empty() || x.shape.back() != width)
-        throw std::runtime_error("x is " + text(x.shape) + ", not [..., " + std::to_string(width) + "]");
+    int64_t const width = gated_ ? 2 * depth_ : depth_, tokens = rowsOf(x, "x", width);
     int64_t const blocks = (depth_ + kBlock - 1) / kBlock;
     Tensor const weight = context.input(1, "weight");
     int64_t bytes = 1;
@@ -21,8 +18,6 @@ void Linear::compute(Context& context) const {
     Shape shape = x.shape;
     shape.back() = rows_;
     float* y = context.output(0, shape).as<float>();
-    int64_t tokens = 1;
-    for (size_t axis = 0; axis + 1 < x.shape.size(); ++axis) tokens *= x.shape[axis];
     if (!tokens) return;
 
     Kernels const& k = kernels();
@@ -36,7 +31,7 @@ void Linear::compute(Context& context) const {
     });
     Integers const w = {weight.as<uint8_t>(), scale.as<float>(), zero.as<uint8_t>(), rows_, blocks, bits_};
     Rounded const rounded = {integers, scales, totals};
-    int64_t const parts = (rows_ + kRows - 1) / kRows;
+    int64_t const parts = partsOf(rows_);
     context.parallel(static_cast<size_t>(parts), [&](size_t part) {
         float* work = scratch(3, static_cast<size_t>(k.linearWork(blocks)));
         k.linear(w, static_cast<int64_t>(part), parts, rounded, tokens, work, y);

@@ -1,8 +1,8 @@
-// KeySieveLinear: x [...,K] times weights [N,K] of 4 or 8 bits -> [...,N], on MatMulNBits' numbers as they lie in the file.
+// KeySieveLinear: x [...,K] times weights [N,K] of 4 or 8 bits -> [...,N], on MatMulNBits' numbers where the file has them.
 //
-// weight uint8 [N, K/32, 4 * bits] or a reshape of it that keeps N, scale float [N, K/32], zero uint8 [N, (K/32 * bits + 7) / 8], with K/32 rounded up.
-// Activations are rounded to 8 bits, 32 sharing a scale. Nothing is packed anew, so weights stay mapped, and an
-// embedding may share them.
+// weight uint8 [N, K/32, 4 * bits] or a reshape of it that keeps N, scale float [N, K/32], zero uint8
+// [N, (K/32 * bits + 7) / 8], with K/32 rounded up. Activations are rounded to 8 bits, 32 sharing a scale. Nothing is packed
+// anew, so weights stay mapped, and an embedding may share them.
 #pragma once
 
 #include "op.h"

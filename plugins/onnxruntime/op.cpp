@@ -18,6 +18,19 @@ void check(ort::Api const& api, ort::Status* status) {
     throw std::runtime_error(words);
 }
 
+int64_t rowsOf(Tensor const& x, char const* name, int64_t width) {
+    if (x.shape.empty() || x.shape.back() != width)
+        throw std::runtime_error(std::string(name) + " is " + text(x.shape) + ", not [..., " + std::to_string(width) + "]");
+    int64_t rows = 1;
+    for (size_t axis = 0; axis + 1 < x.shape.size(); ++axis) rows *= x.shape[axis];
+    return rows;
+}
+
+int64_t partsOf(int64_t rows) {
+    constexpr int64_t kRows = 128, kMost = 64;
+    return std::min((rows + kRows - 1) / kRows, kMost);
+}
+
 int64_t Attributes::integer(char const* name) const {
     int64_t value = 0;
     check(api_, api_.call(ort::kGetAttributeInt64, info_, name, &value));
@@ -103,10 +116,12 @@ Tensor Context::output(size_t index, Shape const& shape) const {
 }
 
 float* scratch(size_t slot, size_t floats) {
-    thread_local std::array<std::vector<float>, 8> buffers;
+    struct alignas(64) Line { float floats[16]; };
+    thread_local std::array<std::vector<Line>, 8> buffers;
     auto& buffer = buffers.at(slot);
-    if (buffer.size() < floats) buffer.resize(floats);
-    return buffer.data();
+    size_t const lines = (floats + 15) / 16;
+    if (buffer.size() < lines) buffer.resize(lines);
+    return buffer.empty() ? nullptr : buffer.data()->floats;
 }
 
 } // namespace keysieve

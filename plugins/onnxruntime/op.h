@@ -26,6 +26,12 @@ struct Tensor {
     template <typename T> T* as() const { return static_cast<T*>(data); }
 };
 
+// The rows of x [..., width]; raises std::runtime_error where the last size is another one.
+int64_t rowsOf(Tensor const& x, char const* name, int64_t width);
+
+// Into how many parts a product with so many rows of weights is divided for the threads.
+int64_t partsOf(int64_t rows);
+
 class Attributes {
 public:
     Attributes(ort::Api const& api, ort::KernelInfo const* info) : api_(api), info_(info) {}
@@ -69,7 +75,7 @@ private:
 };
 
 // A buffer of the calling thread that only grows: no allocation in a step that is like the one before.
-// Every `slot` is a buffer of its own.
+// Every `slot` is a buffer of its own; it begins where a vector of any width may.
 float* scratch(size_t slot, size_t floats);
 
 // One input or output of an op.

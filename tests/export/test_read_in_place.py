@@ -1,4 +1,4 @@
-"""Integer products that are read in place: which change, what goes into them, and that they compute the same."""
+"""Products that read their weights in place: which change, what goes into them, and that they compute the same."""
 
 from collections import Counter
 from pathlib import Path
@@ -26,8 +26,8 @@ OTHER_CURVE = [("Tanh", ["gate"], "curve"), ("Mul", ["gate", "curve"], "silu"), 
 OTHER_GATE = [("Sigmoid", ["up"], "curve"), ("Mul", ["gate", "curve"], "silu"), ("Mul", ["silu", "up"], "hidden")]
 
 
-def model(folder: Path, between) -> ir.Model:
-    """ids -> table -> gate and up -> `between` -> down -> logits by the table; int4, from disk."""
+def model(folder: Path, between, weights: str | None = "int4") -> ir.Model:
+    """ids -> table -> gate and up -> `between` -> down -> logits by the table, from disk."""
     rng = np.random.default_rng(0)
     shapes = {"table": (WORDS, DEPTH), "g": (WIDTH, DEPTH), "u": (WIDTH, DEPTH), "d": (DEPTH, WIDTH)}
     nodes = [helper.make_node("Gather", ["table", "ids"], ["x"])]
@@ -40,13 +40,14 @@ def model(folder: Path, between) -> ir.Model:
     ]
     inputs = [helper.make_tensor_value_info("ids", TensorProto.INT64, [1, None])]
     outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)]
-    weights = [numpy_helper.from_array(rng.normal(size=s).astype(np.float32) / 4, n) for n, s in shapes.items()]
+    constants = [numpy_helper.from_array(rng.normal(size=s).astype(np.float32) / 4, n) for n, s in shapes.items()]
     values = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, None, WIDTH]) for name in ("gate", "up", "hidden")
     ]
-    graph = helper.make_graph(nodes, "one layer", inputs, outputs, weights, value_info=values)
+    graph = helper.make_graph(nodes, "one layer", inputs, outputs, constants, value_info=values)
     made = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11))
-    quantize(made, "int4")
+    if weights:
+        quantize(made, weights)
     _save(made, folder / "model.onnx")
     return ir.load(folder / "model.onnx")
 
@@ -99,3 +100,39 @@ def test_what_an_embedding_has_too_is_mapped_once(tmp_path: Path) -> None:
     data, _, scale, zero = lookup.inputs
     assert list(head.inputs[1:]) == [data, scale, zero]
     assert all(not {data, scale, zero} & set(node.inputs) for node in others)
+
+
+def test_float_weights(tmp_path: Path) -> None:
+    changed = model(tmp_path, SILU, None)
+    before = run(changed, tmp_path)
+    change(changed)
+    assert (operators(changed)["KeySieveMatMul"], operators(changed)["MatMul"], operators(changed)["Transpose"]) == (
+        4,
+        0,
+        0,
+    )
+    lookup = next(node for node in changed.graph if node.op_type == "Gather")
+    *_, head = (node for node in changed.graph if node.op_type == "KeySieveMatMul")
+    assert head.inputs[1] is lookup.inputs[0]
+    np.testing.assert_allclose(run(changed, tmp_path), before, rtol=0, atol=1e-5 * np.abs(before).max())
+
+
+def test_other_products_stay() -> None:
+    """Of two activations, of a constant that is not transposed, and of half precision."""
+    half = numpy_helper.from_array(np.zeros((4, 8), np.float16), "half")
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["x_t"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "x_t"], ["square"]),
+        helper.make_node("MatMul", ["x", "plain"], ["y"]),
+        helper.make_node("Cast", ["x"], ["x_half"], to=TensorProto.FLOAT16),
+        helper.make_node("Transpose", ["half"], ["half_t"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x_half", "half_t"], ["z"]),
+    ]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 8])]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("square", "y")]
+    outputs.append(helper.make_tensor_value_info("z", TensorProto.FLOAT16, None))
+    plain = numpy_helper.from_array(np.zeros((8, 4), np.float32), "plain")
+    graph = helper.make_graph(nodes, "others", inputs, outputs, [plain, half])
+    changed = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11))
+    change(changed)
+    assert operators(changed)["MatMul"] == 3

@@ -1,0 +1,16 @@
+// KeySieveMatMul: x [...,K] times weight [N,K] -> [...,N], float32, on the weights as they lie in the file.
+//
+// ONNX Runtime's MatMul turns and packs a copy of them, and reads it as one stream of memory.
+#pragma once
+
+#include "op.h"
+
+namespace keysieve {
+
+class MatMul {
+public:
+    explicit MatMul(Attributes const&) {}
+    void compute(Context& context) const;
+};
+
+} // namespace keysieve
