@@ -11,8 +11,7 @@ from onnx import TensorProto, helper
 
 from keysieve.kernels import reference
 from keysieve.plugins.contract import ATTEND, DOMAIN
-from keysieve.plugins.onnx.body import OPSET
-from keysieve.plugins.onnxruntime.build import find_library
+from support.library import library_session
 
 # of a cache: ONNX type, numpy type, and one unit in the last place of it, relative
 CACHES = {
@@ -43,13 +42,7 @@ def session(kind, rotated, sinks, window, softcap, threads=1, packed=False):
         softcap=softcap,
         window=window,
     )
-    graph = helper.make_graph([node], "attend", [info(p) for p in ports], [info(p) for p in ATTEND.outputs])
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=11)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.register_custom_ops_library(str(find_library()))
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return library_session([node], [info(p) for p in ports], [info(p) for p in ATTEND.outputs], threads)
 
 
 def inputs(states, tokens, heads, group, dim, value_dim, capacity, plan_layers=2, seed=0):

@@ -3,15 +3,13 @@
 from functools import lru_cache
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper
 
 from keysieve.kernels import reference
 from keysieve.plugins.contract import DOMAIN, LINEAR
-from keysieve.plugins.onnx.body import OPSET
-from keysieve.plugins.onnxruntime.build import find_library
+from support.library import library_session
 
 BLOCK = 32
 TYPES = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8}
@@ -21,15 +19,7 @@ def runner(nodes, inputs, threads=1):
     """inputs: (name, type, rank)."""
     infos = [helper.make_tensor_value_info(name, kind, [None] * rank) for name, kind, rank in inputs]
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
-    opsets = [
-        helper.make_opsetid(domain, version) for domain, version in (("", OPSET), (DOMAIN, 1), ("com.microsoft", 1))
-    ]
-    graph = helper.make_graph(nodes, "linear", infos, [output])
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=11)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.register_custom_ops_library(str(find_library()))
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return library_session(nodes, infos, [output], threads)
 
 
 @lru_cache

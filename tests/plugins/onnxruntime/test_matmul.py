@@ -3,14 +3,12 @@
 from functools import lru_cache
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper
 
 from keysieve.plugins.contract import DOMAIN, MATMUL
-from keysieve.plugins.onnx.body import OPSET
-from keysieve.plugins.onnxruntime.build import find_library
+from support.library import library_session
 
 
 @lru_cache
@@ -18,13 +16,7 @@ def session(threads=1, rank=3):
     info = helper.make_tensor_value_info
     inputs = [info("x", TensorProto.FLOAT, [None] * rank), info("weight", TensorProto.FLOAT, [None, None])]
     node = helper.make_node(MATMUL.name, ["x", "weight"], ["y"], domain=DOMAIN)
-    graph = helper.make_graph([node], "product", inputs, [info("y", TensorProto.FLOAT, None)])
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=11)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.register_custom_ops_library(str(find_library()))
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return library_session([node], inputs, [info("y", TensorProto.FLOAT, None)], threads)
 
 
 def given(tokens, rows, depth, seed=0):
