@@ -1,5 +1,6 @@
 #include "kernels.h"
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstring>
@@ -26,9 +27,8 @@ bool has(Kernels const* kernels) {
 std::array<Kernels const*, 4> all() { return {avx512vnniKernels(), avx512Kernels(), avx2Kernels(), portableKernels()}; }
 
 Kernels const* fastest() {
-    for (Kernels const* candidate : all())
-        if (has(candidate)) return candidate;
-    return portableKernels();
+    auto const candidates = all();
+    return *std::find_if(candidates.begin(), candidates.end(), has);
 }
 
 std::atomic<Kernels const*>& inUse() {

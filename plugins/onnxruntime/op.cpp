@@ -72,6 +72,14 @@ Tensor tensor(ort::Api const& api, ort::Value const* value) {
     return result;
 }
 
+Tensor const& fitting(Tensor const& given, char const* name, Shape const& expected) {
+    bool fits = given.shape.size() == expected.size();
+    for (size_t axis = 0; fits && axis < expected.size(); ++axis)
+        fits = expected[axis] == -1 || expected[axis] == given.shape[axis];
+    if (!fits) throw std::runtime_error(std::string(name) + " is " + text(given.shape) + ", not " + text(expected));
+    return given;
+}
+
 } // namespace
 
 Context::Context(ort::Api const& api, ort::KernelContext* context) : api_(api), context_(context) {
@@ -87,24 +95,17 @@ Tensor Context::any(size_t index) const {
 
 Tensor Context::input(size_t index, char const* name) const {
     Tensor const result = any(index);
-    if (!result) throw std::runtime_error(std::string(name) + " is missing");
-    return result;
-}
-
-Tensor Context::input(size_t index, char const* name, Shape const& expected) const {
-    Tensor const result = optional(index, name, expected);
     if (result.shape.empty()) throw std::runtime_error(std::string(name) + " is missing");
     return result;
 }
 
+Tensor Context::input(size_t index, char const* name, Shape const& expected) const {
+    return fitting(input(index, name), name, expected);
+}
+
 Tensor Context::optional(size_t index, char const* name, Shape const& expected) const {
     Tensor const result = any(index);
-    if (result.shape.empty()) return result;
-    bool fits = result.shape.size() == expected.size();
-    for (size_t axis = 0; fits && axis < expected.size(); ++axis)
-        fits = expected[axis] == -1 || expected[axis] == result.shape[axis];
-    if (!fits) throw std::runtime_error(std::string(name) + " is " + text(result.shape) + ", not " + text(expected));
-    return result;
+    return result.shape.empty() ? result : fitting(result, name, expected);
 }
 
 Tensor Context::output(size_t index, Shape const& shape) const {
