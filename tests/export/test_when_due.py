@@ -33,7 +33,7 @@ def graph_with(*, shared: bool = False, wanted: bool = False) -> ir.Graph:
 @pytest.mark.parametrize(
     ("options", "moved"),
     [({}, {"Sin", "Neg"}), ({"shared": True}, {"Neg"}), ({"wanted": True}, {"Neg"})],
-    ids=str,
+    ids=["free", "shared", "wanted"],  # a set's own text differs from worker to worker
 )
 def test_what_others_need_stays(options: dict[str, bool], moved: set[str]) -> None:
     graph = graph_with(**options)
