@@ -52,9 +52,10 @@ struct Rounded {
     int32_t const* integers; // [tokens, blocks, kBlock / 4]
     float const* scale;      // [tokens, blocks]
     float const* total;      // the sum of the block's integers, times its scale
+    float* alone;            // one token: the same as arrange() lays it out; of more, null
 };
 
-// What is called work is aligned to 64 bytes.
+// What is called work, and what arrange() writes, is aligned to 64 bytes.
 struct Kernels {
     char const* name;
     // Floats to rows of a cache.
@@ -76,6 +77,9 @@ struct Kernels {
     // One token's x [depth] as integers, or where `times` is given, silu(x) * times; zeros fill the last block.
     void (*roundBlocks)(float const* x, float const* times, int64_t depth, int64_t bits, int32_t* integers, float* scale,
                         float* total);
+    // One token in the order of the weights of a row; to: arrangedSize() floats.
+    void (*arrange)(Rounded const&, int64_t blocks, int64_t bits, float* to);
+    int64_t (*arrangedSize)(int64_t blocks, int64_t bits);
     // y [tokens, w.rows]: one of `parts` of its columns; work: linearWork() floats.
     void (*linear)(Integers const& w, int64_t part, int64_t parts, Rounded const&, int64_t tokens, float* work, float* y);
     int64_t (*linearWork)(int64_t blocks);

@@ -30,7 +30,11 @@ void Linear::compute(Context& context) const {
         k.roundBlocks(first, second, depth_, bits_, integers + at * kBlock / 4, scales + at, totals + at);
     });
     Integers const w = {weight.as<uint8_t>(), scale.as<float>(), zero.as<uint8_t>(), rows_, blocks, bits_};
-    Rounded const rounded = {integers, scales, totals};
+    Rounded rounded = {integers, scales, totals, nullptr};
+    if (tokens == 1) {
+        rounded.alone = scratch(4, static_cast<size_t>(k.arrangedSize(blocks, bits_)));
+        k.arrange(rounded, blocks, bits_, rounded.alone);
+    }
     int64_t const parts = partsOf(rows_);
     context.parallel(static_cast<size_t>(parts), [&](size_t part) {
         float* work = scratch(3, static_cast<size_t>(k.linearWork(blocks)));
