@@ -38,6 +38,7 @@ VARIANTS = [  # contestant, policy, weights, kv_dtype
     ("keysieve", "triattention", "int4", "float32"),
     ("keysieve", "triattention", "int4", "float16"),
     ("keysieve-dense", "dense", "int4", "float32"),
+    ("keysieve-dense", "dense", "int4", "float16"),
     ("onnxruntime", "plain", "int4", "float32"),
     ("openvino-genai", "norm_sum", "int4", "u8"),
     ("openvino-genai", "norm_sum-f32", "int4", "u8"),
@@ -288,7 +289,7 @@ class Benchmark:
         given = self.options
         if given.weights and entry.weights not in given.weights:
             return False
-        if entry.contestant == "keysieve" and given.kv_dtype and entry.kv_dtype not in given.kv_dtype:
+        if entry.contestant.startswith("keysieve") and given.kv_dtype and entry.kv_dtype not in given.kv_dtype:
             return False
         if entry.batch > 1 and entry.contestant in ONE_SEQUENCE:
             return False

@@ -93,15 +93,21 @@ class Target:
         return value >= self.bound if self.at_least else value <= self.bound
 
 
-def _ratios(workload: str, inverted: bool = False, **wanted: Any) -> Callable[[Mapping[str, Any]], Any]:
-    """CPU time ratios of a workload. wanted: numerator_FIELD or denominator_FIELD, and its value or a tuple of them."""
+def _ratios(
+    workload: str, inverted: bool = False, same: str | None = None, **wanted: Any
+) -> Callable[[Mapping[str, Any]], Any]:
+    """CPU time ratios of a workload.
+
+    wanted: numerator_FIELD or denominator_FIELD, and its value or a tuple of them; same: a field equal on both sides.
+    """
 
     def fits(found: Mapping[str, Any]) -> bool:
         for key, value in wanted.items():
             side, name = key.split("_", 1)
             if found[side][name] not in (value if isinstance(value, tuple) else (value,)):
                 return False
-        return bool(found["workload"] == workload)
+        alike = same is None or found["numerator"][same] == found["denominator"][same]
+        return alike and bool(found["workload"] == workload)
 
     def of(result: Mapping[str, Any]) -> list[tuple[str, float]]:
         chosen = {name: found["cpu"]["median"] for name, found in result["ratios"].items() if fits(found)}
@@ -122,10 +128,17 @@ def _rows(workload: str, value: Callable[[Row], float], **wanted: Any) -> Callab
     return of
 
 
-def _decode(rival: str, weights: str, inverted: bool = False, **wanted: Any) -> Callable[[Mapping[str, Any]], Any]:
+def _decode(
+    rival: str, weights: str, inverted: bool = False, same: str | None = None, **wanted: Any
+) -> Callable[[Mapping[str, Any]], Any]:
     """keysieve against a rival while decoding."""
     sides = {"numerator_contestant": "keysieve", "numerator_weights": weights, "denominator_contestant": rival}
-    return _ratios("decode", inverted, **{**sides, **wanted})
+    return _ratios("decode", inverted, same, **{**sides, **wanted})
+
+
+def _dense(weights: str, **wanted: Any) -> Callable[[Mapping[str, Any]], Any]:
+    """The same engine keeping every row in the same type, against keysieve, while decoding."""
+    return _decode("keysieve-dense", weights, True, "kv_dtype", **wanted)
 
 
 def _peak(row: Row) -> float:
@@ -152,19 +165,19 @@ TARGETS = [
     Target(
         "int4, 8k to 2048: dense / evicting",
         3.0,
-        _decode("keysieve-dense", "int4", True, **{**AT_8K, "numerator_budget": 2048}),
+        _dense("int4", **AT_8K, numerator_budget=2048),
         at_least=True,
     ),
     Target(
         "int4, 8k to 512: dense / evicting",
         5.0,
-        _decode("keysieve-dense", "int4", True, **{**AT_8K, "numerator_budget": 512}),
+        _dense("int4", **AT_8K, numerator_budget=512),
         at_least=True,
     ),
     Target(
         "float32, batch 8, 8k to 2048: dense / evicting",
         2.7,
-        _decode("keysieve-dense", "float32", True, numerator_history=8192, numerator_batch=8, numerator_budget=2048),
+        _dense("float32", numerator_history=8192, numerator_batch=8, numerator_budget=2048),
         at_least=True,
     ),
     Target("time per token at 32k / at 4k", 1.05, _ratios("length")),
