@@ -60,6 +60,7 @@ def test_a_speed_up_is_the_inverse_and_has_a_lower_bound() -> None:
     dense = replace(OURS, contestant="keysieve-dense", policy="dense", budget=None)
     found = target("int4, 8k to 512: dense / evicting")
     assert [value for _, value in found.of(result(other=dense))] == [2.0]
+    assert found.of(result(other=replace(dense, kv_dtype="float16"))) == []  # another engine
     assert not found.reached(2.0)
     assert found.reached(5.0)
 
