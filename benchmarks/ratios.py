@@ -128,17 +128,15 @@ def _rows(workload: str, value: Callable[[Row], float], **wanted: Any) -> Callab
     return of
 
 
-def _decode(
-    rival: str, weights: str, inverted: bool = False, same: str | None = None, **wanted: Any
-) -> Callable[[Mapping[str, Any]], Any]:
+def _decode(rival: str, weights: str, inverted: bool = False, **wanted: Any) -> Callable[[Mapping[str, Any]], Any]:
     """keysieve against a rival while decoding."""
     sides = {"numerator_contestant": "keysieve", "numerator_weights": weights, "denominator_contestant": rival}
-    return _ratios("decode", inverted, same, **{**sides, **wanted})
+    return _ratios("decode", inverted, **{**sides, **wanted})
 
 
 def _dense(weights: str, **wanted: Any) -> Callable[[Mapping[str, Any]], Any]:
     """The same engine keeping every row in the same type, against keysieve, while decoding."""
-    return _decode("keysieve-dense", weights, True, "kv_dtype", **wanted)
+    return _decode("keysieve-dense", weights, True, same="kv_dtype", **wanted)
 
 
 def _peak(row: Row) -> float:

@@ -23,7 +23,7 @@ from support.tiny_models import DECODERS, save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROUNDING = 4e-4  # of logits up to 4: sums in another order, which linear attention amplifies
+ROUNDING = 2e-4  # of logits up to 4: sums in another order, which layers that carry a state amplify
 EVICTION = EvictionConfig(PolicyConfig(centres="online"), budget=48, interval=16, sinks=2, recent=8)
 QUIET = Progress(quiet=True)
 
@@ -40,14 +40,15 @@ def test_compiled_whole(name: str, tmp_path: Path) -> None:
     model.set_attn_implementation("eager")  # leaves nothing out: in older transformers sdpa has no softcap
     with torch.no_grad():
         wanted = model(input_ids=torch.tensor([TOKENS]), use_cache=False).logits[0].numpy()
+    rounding = 2 * ROUNDING if engine.manifest["states"] else ROUNDING
     found = logits_of(engine.session(dense=True, capacity=len(TOKENS)))
-    np.testing.assert_allclose(found, wanted, atol=ROUNDING, rtol=0)
+    np.testing.assert_allclose(found, wanted, atol=rounding, rtol=0)
     assert (found.argmax(-1) == wanted.argmax(-1)).all()
 
     session = engine.session(capacity=EVICTION.budget + EVICTION.interval + CHUNK)
     found = logits_of(session)
     if not engine.manifest["sizes"]["layers"]:  # nothing to evict: windows alone bound the cache
-        np.testing.assert_allclose(found, wanted, atol=ROUNDING, rtol=0)
+        np.testing.assert_allclose(found, wanted, atol=rounding, rtol=0)
         rows = {cache.array.shape[2] for cache in session._caches.values()}
         assert rows == {WINDOW - 1 + EVICTION.interval} and max(rows) < len(TOKENS)
         return
