@@ -22,7 +22,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from keysieve.export.read_in_place import read_in_place
-from keysieve.export.rewriting import both_ways, producer, take_over
+from keysieve.export.rewriting import both_ways, number, producer, take_over
 from keysieve.export.when_due import compute_when_due
 from keysieve.passes.result import Attention
 from keysieve.plugins.contract import ATTEND, DOMAIN, NAMESPACE, NODES, UPDATE
@@ -45,8 +45,8 @@ def export_for_onnxruntime(model: Path, output: Path, attentions: Sequence[Atten
         fused += not attention.chunk and _fuse_attention(graph, node, attention)
     for node in graph:
         node.overload = ""  # the library's ops serve every shape
-    read_in_place(graph)
     _divide(graph)
+    read_in_place(graph)
     compute_when_due(graph)
     common.RemoveUnusedNodesPass()(graph_model)
     for identifier in [key for key in graph_model.functions if key[1] in {node.name for node in NODES}]:
@@ -91,13 +91,12 @@ def _fuse_attention(graph: ir.Graph, update: ir.Node, attention: Attention) -> b
     attend = ir.node(ATTEND.name, inputs, attributes, domain=DOMAIN, num_outputs=3, name=update.name)
     read, *caches = attend.outputs
     result = read_cache.result
-    read.type = result.type
     place: ir.Node = result.producer()  # type: ignore[assignment]
     back = ir.node("Transpose", [read], attributes={"perm": TOKENS_FIRST})
     graph.insert_after(place, [*new, attend, back])
     for use in list(result.uses()):
         if _is_transpose(use.node):
-            use.node.outputs[0].replace_all_uses_with(read)
+            take_over(use.node.outputs[0], read)
     take_over(result, back.outputs[0])
     for old, cache in zip((key_out, value_out), caches, strict=True):
         take_over(old, cache)
@@ -181,25 +180,12 @@ def _swapped_halves(value: ir.Value, x: ir.Value) -> bool:
 
 def _is_slice(node: ir.Node, x: ir.Value, start: int, end: int) -> bool:
     """Whether it takes x[..., start:end]."""
-    numbers = [_number(value) for value in node.inputs[1:]]
+    numbers = [number(value) for value in node.inputs[1:]]
     if node.inputs[0] is not x or None in numbers:
         return False
     first, last, axis, step = [*numbers, 1][:4]
     to_the_end = end == x.shape[3] and last > end  # type: ignore[index,operator]
     return first == start and (last == end or to_the_end) and axis in (3, -1) and step == 1
-
-
-def _number(value: ir.Value | None) -> int | None:
-    """A constant of one element, also where it comes through casts and reshapes."""
-    if value is None:
-        return None
-    tensor = ir.convenience.get_const_tensor(value)
-    if tensor is None:
-        producer = value.producer()
-        if producer is not None and producer.op_type in ("Cast", "Reshape", "Unsqueeze", "Identity"):
-            return _number(producer.inputs[0])
-        return None
-    return int(tensor.numpy().reshape(-1)[0]) if tensor.size == 1 else None
 
 
 def _tokens_first(value: ir.Value | None, new: list[ir.Node]) -> ir.Value:

@@ -108,29 +108,34 @@ ATTEND = PluginNode(
     attributes={"layer": int, "scale": float, "softcap": float, "window": int},
 )
 
+# What stands around a product and may be left out.
+AROUND = (Port("norm", "K", "float32"), Port("residual", "...,N", "float32"))
+
 # A product with the integers that export.quantize makes, for the same library alone, which reads them where they lie in
-# the file. blocks is K/32 rounded up; weight may be a reshape that keeps N. Where gated is 1, x has 2K, and
-# silu(first half) * second half is multiplied.
+# the file. blocks is K/32 rounded up; weight may be a reshape that keeps N; the last axis of x may be several that make
+# it up. Where gated is 1, x has 2K, and silu(first half) * second half is multiplied; where norm is given, it is
+# x / sqrt(mean of squares + epsilon) * norm. residual is added where it is given.
 LINEAR = PluginNode(
     "KeySieveLinear",
-    "1",
+    "2",
     inputs=(
         Port("x", "...,K", "float32"),
         Port("weight", "N,blocks,4*bits", "uint8"),
         Port("scale", "N,blocks", "float32"),
         Port("zero", "N,bytes", "uint8"),
+        *AROUND,
     ),
     outputs=(Port("y", "...,N", "float32"),),
-    attributes={"N": int, "K": int, "bits": int, "gated": int},
+    attributes={"N": int, "K": int, "bits": int, "gated": int, "epsilon": float},
 )
 
 # The same with float weights as they lie in the file.
 MATMUL = PluginNode(
     "KeySieveMatMul",
-    "1",
-    inputs=(Port("x", "...,K", "float32"), Port("weight", "N,K", "float32")),
+    "2",
+    inputs=(Port("x", "...,K", "float32"), Port("weight", "N,K", "float32"), *AROUND),
     outputs=(Port("y", "...,N", "float32"),),
-    attributes={},
+    attributes={"epsilon": float},
 )
 
 # What linear attention needs in an ONNX file. No plugin carries it: the function body runs everywhere.

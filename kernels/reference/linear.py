@@ -6,15 +6,29 @@ from torch import Tensor
 BLOCK = 32
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, bits: int, gated: bool = False) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    norm: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    bits: int,
+    gated: bool = False,
+    epsilon: float = 0.0,
+) -> Tensor:
     """x [...,K] times weights of 4 or 8 bits -> [...,N], float32.
 
     weight uint8 [N,B,4*bits], scale [N,B] and zero uint8 [N, (B*bits+7)//8], with B blocks of 32 along K, the last one
     filled up; the first of two in a byte has its low bits. gated: x [...,2K] is two halves, and silu(first) * second is
-    multiplied. Every block of x becomes integers up to 127 that share a scale; what is not finite makes the result
+    multiplied. norm [K]: the RMS norm of x with these weights and epsilon is multiplied. residual [...,N] is added.
+    Every block of x becomes integers up to 127 that share a scale; what is not finite makes the result
     so.
     """
     blocks = scale.shape[1]
+    if norm is not None:
+        x = torch.nn.functional.rms_norm(x, norm.shape, norm, epsilon)
     if gated:
         first, second = x.chunk(2, -1)
         x = torch.nn.functional.silu(first) * second
@@ -23,7 +37,8 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor, bits: int, ga
     step = torch.where(most > 0, 127 / most, 0)
     whole = (x.double() * step).round().float()
     matrix = (unpacked(weight, bits) - unpacked(zero, bits)[:, :blocks, None]) * scale[..., None]
-    return (whole * (most / 127)).flatten(-2) @ matrix.flatten(1).T
+    y = (whole * (most / 127)).flatten(-2) @ matrix.flatten(1).T
+    return y if residual is None else y + residual
 
 
 def unpacked(values: Tensor, bits: int) -> Tensor:

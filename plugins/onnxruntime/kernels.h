@@ -74,18 +74,22 @@ struct Kernels {
     void (*standardise)(float const* scores, int64_t rows, float* standard);
     // The rank-th highest of values, none of which is NaN; rank is 1 or more, and at most `rows`.
     float (*ranked)(float const* values, int64_t rows, int64_t rank);
+    // An RMS norm: x [dim] / sqrt(mean of squares + epsilon) * weight.
+    void (*normalise)(float const* x, float const* weight, float epsilon, int64_t dim, float* to);
     // One token's x [depth] as integers, or where `times` is given, silu(x) * times; zeros fill the last block.
     void (*roundBlocks)(float const* x, float const* times, int64_t depth, int64_t bits, int32_t* integers, float* scale,
                         float* total);
     // One token in the order of the weights of a row; to: arrangedSize() floats.
     void (*arrange)(Rounded const&, int64_t blocks, int64_t bits, float* to);
     int64_t (*arrangedSize)(int64_t blocks, int64_t bits);
-    // y [tokens, w.rows]: one of `parts` of its columns; work: linearWork() floats.
-    void (*linear)(Integers const& w, int64_t part, int64_t parts, Rounded const&, int64_t tokens, float* work, float* y);
+    // y [tokens, w.rows]: one of `parts` of its columns, added to those of `onto` unless that is null; work:
+    // linearWork() floats.
+    void (*linear)(Integers const& w, int64_t part, int64_t parts, Rounded const&, int64_t tokens, float const* onto,
+                   float* work, float* y);
     int64_t (*linearWork)(int64_t blocks);
     // The same with weight [rows, depth] and x [tokens, depth], both floats; work: matmulWork() floats.
     void (*matmul)(float const* weight, int64_t rows, int64_t depth, int64_t part, int64_t parts, float const* x,
-                   int64_t tokens, float* work, float* y);
+                   int64_t tokens, float const* onto, float* work, float* y);
     int64_t (*matmulWork)(int64_t tokens);
     int64_t (*fewWork)(int64_t queries, int64_t rows);
     int64_t (*manyWork)(int64_t queries, int64_t keyDim, int64_t valueDim);

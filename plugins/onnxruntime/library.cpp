@@ -33,8 +33,9 @@ template <CacheType T> std::vector<ort::CustomOp*> opsOf() {
 std::vector<ort::CustomOp*> allOps() {
     static Op<Select> select("KeySieveSelect", {{ort::kFloat}, {ort::kInt32}, {ort::kInt32}, {ort::kInt32}, {ort::kInt32}},
                              {{ort::kInt32}, {ort::kInt32}, {ort::kInt32}});
-    static Op<Linear> linear("KeySieveLinear", {{ort::kFloat}, {ort::kUInt8}, {ort::kFloat}, {ort::kUInt8}}, {{ort::kFloat}});
-    static Op<MatMul> matmul("KeySieveMatMul", {{ort::kFloat}, {ort::kFloat}}, {{ort::kFloat}});
+    constexpr Port f32{ort::kFloat}, u8{ort::kUInt8}, optional{ort::kFloat, ort::kOptional};
+    static Op<Linear> linear("KeySieveLinear", {f32, u8, f32, u8, optional, optional}, {f32});
+    static Op<MatMul> matmul("KeySieveMatMul", {f32, f32, optional, optional}, {f32});
     std::vector<ort::CustomOp*> ops{&select, &linear, &matmul};
     for (auto const& some : {opsOf<kCacheFloat>(), opsOf<kCacheFloat16>(), opsOf<kCacheBFloat16>()})
         ops.insert(ops.end(), some.begin(), some.end());

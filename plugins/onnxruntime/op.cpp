@@ -18,12 +18,22 @@ void check(ort::Api const& api, ort::Status* status) {
     throw std::runtime_error(words);
 }
 
-int64_t rowsOf(Tensor const& x, char const* name, int64_t width) {
-    if (x.shape.empty() || x.shape.back() != width)
+int64_t count(Shape const& shape) {
+    int64_t product = 1;
+    for (int64_t size : shape) product *= size;
+    return product;
+}
+
+Shape leading(Tensor const& x, char const* name, int64_t width) {
+    Shape first = x.shape;
+    int64_t last = 1;
+    do {
+        last *= first.back();
+        first.pop_back();
+    } while (last < width && !first.empty());
+    if (last != width)
         throw std::runtime_error(std::string(name) + " is " + text(x.shape) + ", not [..., " + std::to_string(width) + "]");
-    int64_t rows = 1;
-    for (size_t axis = 0; axis + 1 < x.shape.size(); ++axis) rows *= x.shape[axis];
-    return rows;
+    return first;
 }
 
 int64_t partsOf(int64_t rows) {

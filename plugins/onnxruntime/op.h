@@ -26,8 +26,12 @@ struct Tensor {
     template <typename T> T* as() const { return static_cast<T*>(data); }
 };
 
-// The rows of x [..., width]; raises std::runtime_error where the last size is another one.
-int64_t rowsOf(Tensor const& x, char const* name, int64_t width);
+// How many elements there are.
+int64_t count(Shape const& shape);
+
+// The first sizes of x [..., width], where the last one is the product of some last axes; raises std::runtime_error where
+// there are none such.
+Shape leading(Tensor const& x, char const* name, int64_t width);
 
 // Into how many parts a product with so many rows of weights is divided for the threads.
 int64_t partsOf(int64_t rows);

@@ -7,13 +7,13 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper, shape_inference
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from keysieve.export.onnx import _save
 from keysieve.export.quantize import quantize
 from keysieve.export.read_in_place import read_in_place
-from keysieve.plugins.contract import DOMAIN
+from keysieve.plugins.contract import DOMAIN, LINEAR, MATMUL
 from keysieve.plugins.onnxruntime.build import find_library
 
 DEPTH, WIDTH, WORDS = 64, 96, 200
@@ -57,13 +57,13 @@ def change(model: ir.Model) -> None:
     RemoveUnusedNodesPass()(model)
 
 
-def run(changed: ir.Model, folder: Path) -> np.ndarray:
+def run(changed: ir.Model, folder: Path, inputs: dict[str, np.ndarray] | None = None) -> np.ndarray:
     changed.opset_imports[DOMAIN] = 1
     ir.save(changed, folder / "changed.onnx")
     options = ort.SessionOptions()
     options.register_custom_ops_library(str(find_library()))
     session = ort.InferenceSession(str(folder / "changed.onnx"), options, providers=["CPUExecutionProvider"])
-    return session.run(None, {"ids": np.arange(WORDS)[None]})[0]
+    return session.run(None, inputs or {"ids": np.arange(WORDS)[None]})[0]
 
 
 def operators(changed: ir.Model) -> Counter[str]:
@@ -136,3 +136,116 @@ def test_other_products_stay() -> None:
     changed = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11))
     change(changed)
     assert operators(changed)["MatMul"] == 3
+
+
+# An RMS norm of x with the weights n, in forms that exporters write.
+NORM = [
+    ("Pow", ["x", "two"], "squares"),
+    ("ReduceMean", ["squares", "last"], "mean"),
+    ("Add", ["mean", "epsilon"], "raised"),
+    ("Sqrt", ["raised"], "root"),
+    ("Div", ["x", "root"], "normal"),
+    ("Mul", ["n", "normal"], "ready"),
+]
+
+
+def replaced(name: str, *by: tuple[str, list[str], str]) -> list[tuple[str, list[str], str]]:
+    """NORM with other nodes in place of the one that makes `name`."""
+    place = [out for _, _, out in NORM].index(name)
+    return [*NORM[:place], *by, *NORM[place + 1 :]]
+
+
+RELU = [("Relu", ["x"], "ready")]
+ADD = [("Add", ["product", "x"], "y")]
+
+
+def product(folder: Path, before, behind, weights: str | None) -> ir.Model:
+    """x -> `before` -> ready -> product -> `behind` -> y."""
+    rng = np.random.default_rng(0)
+    constants = {
+        "w": rng.normal(size=(DEPTH, DEPTH)).astype(np.float32) / 8,
+        "n": rng.uniform(0.5, 2, DEPTH).astype(np.float32),
+        "table": rng.normal(size=(1, 1, DEPTH)).astype(np.float32),
+        "one": np.float32(1),
+        "two": np.float32(2),
+        "four": np.float32(4),
+        "epsilon": np.float32(0.01),
+        "last": np.array([-1]),
+        "first": np.array([1]),
+        "heads": np.array([0, 0, 4, 16]),
+        "joined": np.array([0, 0, DEPTH]),
+    }
+    nodes = [*before, ("MatMul", ["ready", "w_t"], "product"), *behind]
+    made = [helper.make_node("Transpose", ["w"], ["w_t"], perm=[1, 0])]
+    made += [helper.make_node(kind, names, [out]) for kind, names, out in nodes]
+    shape = [1, "tokens", DEPTH]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)
+    initializers = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    graph = helper.make_graph(made, "a product", [x], [y], initializers)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+    given = ir.from_proto(shape_inference.infer_shapes(proto))
+    if weights:
+        quantize(given, weights)
+    _save(given, folder / "model.onnx")
+    return ir.load(folder / "model.onnx")
+
+
+@pytest.mark.parametrize("weights", [None, "int4"])
+@pytest.mark.parametrize(
+    ("before", "behind", "taken"),
+    [
+        (NORM, ADD, {"norm", "residual"}),
+        (replaced("squares", ("Mul", ["x", "x"], "squares")), ADD, {"norm", "residual"}),
+        (replaced("ready", ("Mul", ["normal", "n"], "ready")), [("Add", ["x", "product"], "y")], {"norm", "residual"}),
+        (replaced("raised", ("Add", ["epsilon", "mean"], "raised")), [("Identity", ["product"], "y")], {"norm"}),
+        (replaced("squares", ("Pow", ["x", "four"], "squares")), ADD, {"residual"}),
+        (replaced("mean", ("ReduceMean", ["squares", "first"], "mean")), ADD, {"residual"}),
+        (replaced("mean", ("ReduceSum", ["squares", "last"], "mean")), ADD, {"residual"}),
+        (replaced("normal", ("Div", ["squares", "root"], "normal")), ADD, {"residual"}),
+        (replaced("ready", ("Mul", ["one", "normal"], "ready")), ADD, {"residual"}),
+        (NORM, [("Add", ["product", "table"], "y")], {"norm"}),
+        (NORM, [("Add", ["product", "x"], "sum"), ("Mul", ["product", "sum"], "y")], {"norm"}),
+        (NORM, [("Add", ["product", "product"], "y")], {"norm"}),
+        (RELU, [("Sub", ["product", "x"], "y")], set()),
+    ],
+    ids=[
+        "norm",
+        "square as product",
+        "swapped",
+        "no residual",
+        "fourth powers",
+        "mean over tokens",
+        "sum of squares",
+        "of another value",
+        "one number as weights",
+        "a row for all tokens",
+        "read twice",
+        "twice itself",
+        "difference",
+    ],
+)
+def test_what_stands_around_a_product(before, behind, taken: set[str], weights: str | None, tmp_path: Path) -> None:
+    changed = product(tmp_path, before, behind, weights)
+    x = {"x": np.random.default_rng(1).normal(size=(1, 5, DEPTH)).astype(np.float32)}
+    wanted = run(changed, tmp_path, x)
+    change(changed)
+    (node,) = (node for node in changed.graph if node.op_type in (LINEAR.name, MATMUL.name))
+    ports = (LINEAR if weights else MATMUL).inputs
+    found = {port.name for port, value in zip(ports, node.inputs, strict=False) if value is not None}
+    assert found & {"norm", "residual"} == taken
+    assert (operators(changed)["Sqrt"] == 0) == ("norm" in taken or before == RELU)
+    tolerance = 0.02 if weights else 1e-5
+    np.testing.assert_allclose(run(changed, tmp_path, x), wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("weights", [None, "int4"])
+def test_heads_are_joined_by_the_product(weights: str | None, tmp_path: Path) -> None:
+    join = [("Reshape", ["x", "heads"], "apart"), ("Relu", ["apart"], "some"), ("Reshape", ["some", "joined"], "ready")]
+    changed = product(tmp_path, join, ADD, weights)
+    x = {"x": np.random.default_rng(1).normal(size=(1, 5, DEPTH)).astype(np.float32)}
+    wanted = run(changed, tmp_path, x)
+    change(changed)
+    assert operators(changed)["Reshape"] == 1
+    tolerance = 0.02 if weights else 1e-5
+    np.testing.assert_allclose(run(changed, tmp_path, x), wanted, rtol=0, atol=tolerance * np.abs(wanted).max())

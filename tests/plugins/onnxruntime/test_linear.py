@@ -8,10 +8,11 @@ import torch
 from onnx import TensorProto, helper
 
 from keysieve.kernels import reference
-from keysieve.plugins.contract import DOMAIN, LINEAR
+from keysieve.plugins.contract import AROUND, DOMAIN, LINEAR
 from support.library import library_session
 
 BLOCK = 32
+EPSILON = 1e-3
 TYPES = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8}
 
 
@@ -23,11 +24,14 @@ def runner(nodes, inputs, threads=1):
 
 
 @lru_cache
-def session(rows, depth, bits, gated=0, threads=1, rank=3, weight_rank=3):
-    names = [port.name for port in LINEAR.inputs]
-    node = helper.make_node(LINEAR.name, names, ["y"], domain=DOMAIN, N=rows, K=depth, bits=bits, gated=gated)
-    ranks = {"x": rank, "weight": weight_rank}
-    return runner([node], [(p.name, TYPES[p.dtype], ranks.get(p.name, 2)) for p in LINEAR.inputs], threads)
+def session(rows, depth, bits, gated=0, around=(), threads=1, rank=3, weight_rank=3):
+    """around: which of norm and residual are there."""
+    ports = [port for port in LINEAR.inputs if port not in AROUND or port.name in around]
+    names = [port.name if port in ports else "" for port in LINEAR.inputs]
+    attributes = {"N": rows, "K": depth, "bits": bits, "gated": gated, "epsilon": EPSILON}
+    node = helper.make_node(LINEAR.name, names, ["y"], domain=DOMAIN, **attributes)
+    ranks = {"x": rank, "weight": weight_rank, "norm": 1, "residual": 3}
+    return runner([node], [(p.name, TYPES[p.dtype], ranks.get(p.name, 2)) for p in ports], threads)
 
 
 def weights(rows, depth, bits, seed=0):
@@ -50,7 +54,8 @@ def on_a_grid(shape, seed=0):
 
 
 def expected(given, bits, gated=False):
-    return reference.linear(**{name: torch.from_numpy(array) for name, array in given.items()}, bits=bits, gated=gated)
+    tensors = {name: torch.from_numpy(array) for name, array in given.items()}
+    return reference.linear(**tensors, bits=bits, gated=gated, epsilon=EPSILON)
 
 
 def close(found, wanted, tolerance=2e-6):
@@ -120,6 +125,41 @@ def test_gated(tokens, depth, instructions):
     close(found, expected(given, 4, gated=True), 1e-3)
 
 
+@pytest.mark.parametrize(("rows", "depth"), [(1, 32), (70, 50), (129, 576), (40, 800)])
+@pytest.mark.parametrize("tokens", [1, 2, 19])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_stands_around_a_product(bits, tokens, rows, depth, instructions):
+    rng = np.random.default_rng(3)
+    given = {"x": rng.standard_normal((2, tokens, depth)).astype(np.float32), **weights(rows, depth, bits)}
+    around = {
+        "norm": rng.uniform(-2, 2, depth).astype(np.float32),
+        "residual": rng.standard_normal((2, tokens, rows)).astype(np.float32) * 1000,
+    }
+    given["x"][0, 0] = 0  # what epsilon is for
+    for names in (("norm",), ("residual",), ("norm", "residual")):
+        inputs = given | {name: around[name] for name in names}
+        close(session(rows, depth, bits, around=names).run(None, inputs)[0], expected(inputs, bits), 1e-3)
+    grid = given | {"x": on_a_grid((2, tokens, depth)), "residual": around["residual"]}
+    close(session(rows, depth, bits, around=("residual",)).run(None, grid)[0], expected(grid, bits))
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_last_axes_may_make_up_the_depth(tokens, instructions):
+    given = {"x": on_a_grid((2, tokens, 96)), **weights(40, 96, 4)}
+    heads = given | {"x": given["x"].reshape(2, tokens, 3, 32)}
+    found = session(40, 96, 4, rank=4).run(None, heads)[0]
+    assert np.array_equal(found, session(40, 96, 4).run(None, given)[0])
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_block_of_next_to_nothing_counts_as_nothing(tokens, instructions):
+    given = {"x": on_a_grid((1, tokens, 96)), **weights(40, 96, 4)}
+    nothing = given | {"x": given["x"].copy()}
+    given["x"][:, :, 32:64], nothing["x"][:, :, 32:64] = 1e-39, 0
+    found, wanted = (session(40, 96, 4).run(None, inputs)[0] for inputs in (given, nothing))
+    np.testing.assert_array_equal(found, wanted)
+
+
 def test_threads_ranks_and_shapes_of_weights_change_nothing(instructions):
     given = {"x": on_a_grid((2, 2, 96)), **weights(300, 96, 4)}
     one, two = (session(300, 96, 4, threads=threads).run(None, given)[0] for threads in (1, 2))
@@ -158,8 +198,18 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(Exception, match=f"KeySieveLinear: .*{message}"):
             session(40, 96, 4).run(None, {**good, **change})
-    with pytest.raises(Exception, match=r"KeySieveLinear: x is \[1,2,96\], not \[\.\.\., 192\]"):
-        session(40, 96, 4, gated=1).run(None, good)
+    with pytest.raises(Exception, match=r"KeySieveLinear: x is \[1,3,96\], not \[\.\.\., 192\]"):
+        session(40, 96, 4, gated=1).run(None, good | {"x": on_a_grid((1, 3, 96))})
+    around = good | {"norm": np.ones(96, np.float32), "residual": np.zeros((1, 2, 40), np.float32)}
+    ready = session(40, 96, 4, around=("norm", "residual"))
+    ready.run(None, around)
+    with pytest.raises(Exception, match=r"KeySieveLinear: norm is \[95\], not \[96\]"):
+        ready.run(None, around | {"norm": np.ones(95, np.float32)})
+    with pytest.raises(Exception, match=r"KeySieveLinear: residual is \[1,1,40\], not \[1,2,40\]"):
+        ready.run(None, around | {"residual": np.zeros((1, 1, 40), np.float32)})
+    both = good | {"x": np.ones((1, 2, 192), np.float32), "norm": around["norm"]}
+    with pytest.raises(Exception, match="KeySieveLinear: x cannot be gated and normalised"):
+        session(40, 96, 4, gated=1, around=("norm",)).run(None, both)
     for rows, depth, bits in ((0, 96, 4), (40, 0, 4), (40, 96, 2)):
         with pytest.raises(Exception, match="KeySieveLinear: N and K must be above 0, and bits 4 or 8"):
             session(rows, depth, bits)
