@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -34,6 +35,7 @@ from keysieve.errors import KeySieveError
 
 RESULT = ROOT / "benchmarks" / "results" / "cpu.json"
 QUICK = WORK / "quick.json"
+ENGINE = ("compiler", "export", "kernels", "passes", "plugins")  # the folders that what is measured comes from
 VARIANTS = [  # contestant, policy, weights, kv_dtype
     ("keysieve", "triattention", "int4", "float32"),
     ("keysieve", "triattention", "int4", "float16"),
@@ -94,6 +96,7 @@ class Benchmark:
         self.prompt = _prompt_tokens(max(*sizes.histories, *sizes.length, sizes.prefill))
         self.limit = json.loads((MODEL / "config.json").read_text())["max_position_embeddings"]
         self.versions: dict[str, Any] = {}
+        self.revision = _revision()
         self.loading: dict[Entry, dict[str, float]] = {}  # seconds, and resident memory then
 
     # -- comparisons ---------------------------------------------------------------------------------------------
@@ -351,7 +354,7 @@ class Benchmark:
         self.versions.setdefault(entry.contestant, f"not run: {error}")
 
     def _blank(self, workload: str, entry: Entry) -> dict[str, Any]:
-        return {"workload": workload, **asdict(entry), "threads": self.options.threads}
+        return {"workload": workload, **asdict(entry), "threads": self.options.threads, "revision": self.revision}
 
     def _row(self, workload: str, entry: Entry, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Medians over samples: each of some decoded tokens, or of the whole prompt."""
@@ -381,12 +384,13 @@ class Benchmark:
         result = _read(self.output)
         result["versions"] |= self.versions
         result["rows"] = merged(result["rows"], rows)
-        result["ratios"] |= dict(
+        made = (
             compare(workload, one, other, samples)
             for one in samples or {}
             for other in samples or {}
             if one.contestant == "keysieve" and (other.contestant != "keysieve" or other.history < one.history)
         )
+        result["ratios"] |= {name: {**found, "revision": self.revision} for name, found in made}
         write_atomically(self.output, json.dumps(result, indent=1) + "\n")
 
 
@@ -399,6 +403,19 @@ def _read(file: Path) -> dict[str, Any]:
     if result["machine"] != machine:
         raise KeySieveError(f"{file} was measured on {result['machine']}, this is {machine}; move it away first")
     return result
+
+
+def _revision() -> str:
+    """The last commit that changed the engine, and a + if something changed since."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments, "--", *ENGINE]
+        try:
+            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise KeySieveError(f"results name the commit that they are of, and git cannot tell it: {error}") from error
+
+    return git("log", "-1", "--format=%h") + ("+" if git("status", "--porcelain") else "")
 
 
 def _machine() -> dict[str, Any]:

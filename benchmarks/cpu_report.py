@@ -70,7 +70,8 @@ Contestants run in processes of their own, pinned to as many cores as they have 
 stay loaded and take turns: a ratio is the median over turns of the ratios within a turn. A turn is 128 greedy tokens, \
 so it holds one round of everybody who evicts in rounds. **ms CPU** is the time that a process computed, the measure \
 to trust on a shared machine; ratios and targets are of it. With a batch, a token is one of every sequence. 32k tokens \
-are beyond the 8,192 positions of this model: such rows say what it costs, not what it writes.
+are beyond the 8,192 positions of this model: such rows say what it costs, not what it writes. **at**: the last commit \
+that had changed the engine when a row was measured; rows without one are older.
 
 ## Contestants
 
@@ -88,10 +89,7 @@ paper's HuggingFace code.
 ## Decoding
 
 "all": it keeps every row. "round": what eviction adds to the step that takes longest, and the one \
-beside it (the steps of an interval are medians over turns). "peak": of the whole process, with the prompt. \
-Measured with earlier versions of keysieve, which were slower: batch 8, length, endless text, \
-at 512 rows all that stands beside float32 weights, and at 2,048 float32 weights \
-beside OpenVINO and beside keysieve without eviction.
+beside it (the steps of an interval are medians over turns). "peak": of the whole process, with the prompt.
 
 {_table(rows, "decode", "ms/token", "ms CPU", "tokens/s", "round, ms CPU", "KV MB", "peak MB")}{shown("decode")}
 ## Length of the history
@@ -151,7 +149,7 @@ def _targets(result: dict[str, Any]) -> str:
 
 
 def _table(rows: Sequence[Row], workload: str, *columns: str) -> str:
-    head = ("history", "budget", "batch", "contestant", "threads", *columns)
+    head = ("history", "budget", "batch", "contestant", "threads", *columns, "at")
     chosen = [row for row in rows if row["workload"] == workload]
     if not chosen:
         return "Not measured.\n"
@@ -160,7 +158,7 @@ def _table(rows: Sequence[Row], workload: str, *columns: str) -> str:
     for row in chosen:
         kept = "all" if row["budget"] is None else str(row["budget"])
         where = (f"{row['history']:,}", kept, str(row["batch"]), str(entry_of(row)), str(row["threads"]))
-        lines.append((*where, *(_cell(row, column) for column in columns)))
+        lines.append((*where, *(_cell(row, column) for column in columns), row.get("revision", "")))
     return _markdown(head, lines)
 
 
@@ -173,10 +171,11 @@ def _chunks(rows: Sequence[Row]) -> str:
         (
             *(str(entry_of(row)), f"{row['history']:,}", str(row["budget"]), row["workload"].split()[1]),
             *(_cell(row, column) for column in ("ms CPU", "peak MB")),
+            row.get("revision", ""),
         )
         for row in chosen
     ]
-    return _markdown(("contestant", "prompt", "budget", "tokens a step", "ms CPU", "peak MB"), lines)
+    return _markdown(("contestant", "prompt", "budget", "tokens a step", "ms CPU", "peak MB", "at"), lines)
 
 
 def _cell(row: Row, column: str) -> str:
@@ -193,10 +192,16 @@ def _cell(row: Row, column: str) -> str:
 
 def _ratios(ratios: dict[str, Any]) -> str:
     lines = [
-        (name, f"{found['cpu']['median']:.3f}", f"{found['wall']['median']:.3f}", _span(found["cpu"]["pairs"]))
+        (
+            name,
+            f"{found['cpu']['median']:.3f}",
+            f"{found['wall']['median']:.3f}",
+            _span(found["cpu"]["pairs"]),
+            found.get("revision", ""),
+        )
         for name, found in sorted(ratios.items())
     ]
-    return _markdown(("ratio", "CPU time", "wall clock", "CPU time of the turns"), lines)
+    return _markdown(("ratio", "CPU time", "wall clock", "CPU time of the turns", "at"), lines)
 
 
 def _span(pairs: Sequence[float]) -> str:
