@@ -11,16 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 from keysieve.compiler.config import EvictionConfig, PolicyConfig
-from support.masked_reference import (
-    DECAY,
-    LayerRope,
-    MaskedReference,
-    calibrate_by_hooks,
-    explicit_scores,
-    forward,
-    layer_ropes,
-    select_rows,
-)
+from support.explicit_scores import explicit_scores, select_rows
+from support.layer_rope import LayerRope, layer_ropes
+from support.masked_forward import forward
+from support.masked_reference import DECAY, MaskedReference, calibrate_by_hooks
 from support.tiny_models import DECODERS, NEGATIVES, VOCABULARY, save_tiny, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,7 +17,8 @@ from keysieve.compiler.engine import Engine, load
 from keysieve.compiler.inspect import inspect
 from keysieve.compiler.progress import Progress
 from support.families import HEADS_OF_16, family
-from support.masked_reference import LayerRope, MaskedReference, Statistics
+from support.layer_rope import LayerRope
+from support.masked_reference import MaskedReference, Statistics
 from support.mixed_heads import LAYERS, mixed_heads, mixed_ropes
 from support.sessions import CHUNK, PROMPT, TOKENS, logits_of
 from support.tiny_models import save_model, seeded

@@ -13,7 +13,8 @@ from keysieve.compiler.engine import Engine, load, prefill
 from keysieve.compiler.session import Session
 from keysieve.errors import EngineError
 from support.bundles import tiny_bundle, tiny_centres, tiny_statistics
-from support.masked_reference import MaskedReference, forward
+from support.masked_forward import forward
+from support.masked_reference import MaskedReference
 from support.tiny_models import DECODERS, VOCABULARY, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -120,7 +120,7 @@ def test_a_plan_is_executed_by_the_next_step_and_positions_go_on(llama):
     for name, old in before.items():
         assert torch.equal(state[name][0, :, :4], old[0, :, [0, 1, 3, 5]])
         assert torch.equal(state[name][1:, :, :6], old[1:, :, :6])
-    from support.masked_reference import forward
+    from support.masked_forward import forward
 
     def visible(layer, n):
         seen = torch.ones(n, n, dtype=torch.bool).tril()

@@ -25,9 +25,10 @@ from keysieve.passes.lower_complex import lower_complex
 from keysieve.passes.lower_positions import lower_positions
 from keysieve.passes.policies.triattention import QueryCentres, TriAttention, triattention
 from keysieve.passes.tap_prerope import tap_prerope
+from support.explicit_scores import explicit_scores
 from support.families import CHUNKED, HEADS_OF_16, LATENT, ROUTED, family
 from support.graphs import ToyDecoder, graph_of
-from support.masked_reference import LayerRope, explicit_scores
+from support.layer_rope import LayerRope
 from support.tiny_models import seeded, tiny_model
 
 HIGH, LOW = torch.tensor([1.0, 0.3, 0.05, 0.002]), torch.tensor([0.7, 0.1, 0.02, 0.0005])

@@ -6,7 +6,8 @@ import torch
 
 from keysieve.passes.tap_prerope import tap_only, tap_prerope
 from support.graphs import match, matched, run
-from support.masked_reference import forward, layer_ropes
+from support.layer_rope import layer_ropes
+from support.masked_forward import forward
 from support.tiny_models import DECODERS, tiny_model
 
 TOKENS = torch.randint(3, 300, (2, 13), generator=torch.Generator().manual_seed(3))

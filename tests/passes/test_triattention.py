@@ -21,8 +21,10 @@ from keysieve.passes.policies.triattention import (
     triattention,
 )
 from keysieve.passes.rope_form import RopeForm
+from support.explicit_scores import explicit_scores
 from support.graphs import match, matched
-from support.masked_reference import DECAY, LayerRope, explicit_scores
+from support.layer_rope import LayerRope
+from support.masked_reference import DECAY
 
 BATCH, ROWS, TOKENS = 2, 11, 3
 POSITION, COUNT = [1200, 37], [3, 2]
