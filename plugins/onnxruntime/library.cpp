@@ -22,20 +22,19 @@ template <CacheType T> constexpr ort::ElementType elementType() {
 template <CacheType T> std::vector<ort::CustomOp*> opsOf() {
     constexpr Port cache{elementType<T>()}, i32{ort::kInt32}, i64{ort::kInt64}, f32{ort::kFloat};
     constexpr Port optional{ort::kFloat, ort::kOptional}, keys{elementType<T>(), ort::kVariadic};
-    static Op<Update<T>> update("KeySieveUpdate", {cache, cache, i32, i32, i32, cache, cache}, {cache, cache});
-    static Op<Attend<T>> attend("KeySieveAttend",
+    static Op<Update<T>> update("KeySieveUpdate", "1", {cache, cache, i32, i32, i32, cache, cache}, {cache, cache});
+    static Op<Attend<T>> attend("KeySieveAttend", "1",
                                 {f32, optional, optional, i32, i32, i32, cache, cache, optional, optional, optional},
                                 {f32, cache, cache});
-    static Op<Score<T>> score("KeySieveScore", {i32, i32, i64, f32, f32, keys}, {f32});
+    static Op<Score<T>> score("KeySieveScore", "1", {i32, i32, i64, f32, f32, keys}, {f32});
     return {&update, &attend, &score};
 }
 
 std::vector<ort::CustomOp*> allOps() {
-    static Op<Select> select("KeySieveSelect", {{ort::kFloat}, {ort::kInt32}, {ort::kInt32}, {ort::kInt32}, {ort::kInt32}},
-                             {{ort::kInt32}, {ort::kInt32}, {ort::kInt32}});
-    constexpr Port f32{ort::kFloat}, u8{ort::kUInt8}, optional{ort::kFloat, ort::kOptional};
-    static Op<Linear> linear("KeySieveLinear", {f32, u8, f32, u8, optional, optional}, {f32});
-    static Op<MatMul> matmul("KeySieveMatMul", {f32, f32, optional, optional}, {f32});
+    constexpr Port f32{ort::kFloat}, i32{ort::kInt32}, u8{ort::kUInt8}, optional{ort::kFloat, ort::kOptional};
+    static Op<Select> select("KeySieveSelect", "1", {f32, i32, i32, i32, i32}, {i32, i32, i32});
+    static Op<Linear> linear("KeySieveLinear", "2", {f32, u8, f32, u8, optional, optional}, {f32});
+    static Op<MatMul> matmul("KeySieveMatMul", "2", {f32, f32, optional, optional}, {f32});
     std::vector<ort::CustomOp*> ops{&select, &linear, &matmul};
     for (auto const& some : {opsOf<kCacheFloat>(), opsOf<kCacheFloat16>(), opsOf<kCacheBFloat16>()})
         ops.insert(ops.end(), some.begin(), some.end());

@@ -63,6 +63,17 @@ std::string Attributes::string(char const* name) const {
     return value;
 }
 
+void Attributes::expectVersion(std::string const& version) const {
+    std::string found = version; // of a node that says nothing
+    try {
+        found = string("plugin_version");
+    } catch (std::runtime_error const&) {
+    }
+    if (found != version)
+        throw std::runtime_error("the file has version " + found + " of this op, the library version " + version +
+                                 "; compile the model again with the keysieve that the library belongs to");
+}
+
 namespace {
 
 Tensor tensor(ort::Api const& api, ort::Value const* value) {

@@ -42,6 +42,8 @@ public:
     int64_t integer(char const* name) const;
     float real(char const* name) const;
     std::string string(char const* name) const;
+    // Raises std::runtime_error where the node says that it is of another version of its op.
+    void expectVersion(std::string const& version) const;
 
 private:
     ort::Api const& api_;
@@ -88,13 +90,13 @@ struct Port {
     ort::Characteristic characteristic = ort::kRequired;
 };
 
-// An op that ONNX Runtime can hold: Kernel(Attributes) has compute(Context&).
+// An op that ONNX Runtime can hold: Kernel(Attributes) has compute(Context&). Its version is that of keysieve.plugins.contract.
 template <typename Kernel> struct Op : ort::CustomOp {
-    char const* opName;
+    char const *opName, *version;
     std::vector<Port> ins, outs;
 
-    Op(char const* theName, std::vector<Port> theInputs, std::vector<Port> theOutputs)
-        : opName(theName), ins(std::move(theInputs)), outs(std::move(theOutputs)) {
+    Op(char const* theName, char const* theVersion, std::vector<Port> theInputs, std::vector<Port> theOutputs)
+        : opName(theName), version(theVersion), ins(std::move(theInputs)), outs(std::move(theOutputs)) {
         using ort::CustomOp;
         name = [](CustomOp const* op) { return self(op).opName; };
         provider = [](CustomOp const*) -> char const* { return nullptr; }; // the CPU
@@ -112,7 +114,9 @@ template <typename Kernel> struct Op : ort::CustomOp {
         destroy = [](void* state) { delete static_cast<State*>(state); };
         createKernelV2 = [](CustomOp const* op, ort::Api const* api, ort::KernelInfo const* info, void** state) {
             return guarded(*api, self(op).opName, [&] {
-                *state = new State{*api, self(op).opName, Kernel(Attributes(*api, info))};
+                Attributes const attributes(*api, info);
+                attributes.expectVersion(self(op).version);
+                *state = new State{*api, self(op).opName, Kernel(attributes)};
             });
         };
         computeV2 = [](void* opaque, ort::KernelContext* context) {

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import onnxruntime as ort
 import pytest
+from onnx import TensorProto, ValueInfoProto, helper
 
 from keysieve.errors import ExportError
+from keysieve.plugins.contract import ATTEND, DOMAIN, LINEAR, MATMUL, SCORE, SELECT, UPDATE, PluginNode, Port
 from keysieve.plugins.onnxruntime import build
 from keysieve.plugins.onnxruntime.build import PATTERN, SOURCES, build_library, find_library
+from support.library import library_session
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +87,21 @@ def test_a_runtime_that_is_too_old_is_named(library) -> None:
     library.RegisterCustomOps.restype = ctypes.c_void_p
     assert library.RegisterCustomOps(None, base)
     assert said == ["keysieve's ops need API version 18 of ONNX Runtime (release 1.18); this is ONNX Runtime 1.2.3"]
+
+
+@pytest.mark.parametrize("node", [UPDATE, SCORE, SELECT, ATTEND, LINEAR, MATMUL], ids=lambda node: node.name)
+def test_a_node_of_another_version_is_refused(node: PluginNode) -> None:
+    types = {"cache": "FLOAT", "float32": "FLOAT", "int32": "INT32", "int64": "INT64", "uint8": "UINT8"}
+
+    def info(port: Port) -> ValueInfoProto:
+        return helper.make_tensor_value_info(port.name, getattr(TensorProto, types[port.dtype]), None)
+
+    def made_for(version: str) -> ort.InferenceSession:
+        names = [[port.name for port in ports] for ports in (node.inputs, node.outputs)]
+        one = helper.make_node(node.name, *names, domain=DOMAIN, plugin_version=version)
+        return library_session([one], [info(port) for port in node.inputs], [info(port) for port in node.outputs])
+
+    with pytest.raises(Exception, match=f"{node.name}: the file has version 0 of this op, the library version"):
+        made_for("0")
+    with pytest.raises(Exception, match=r"(?i)attribute"):
+        made_for(node.version)  # and of this one only what it lacks
