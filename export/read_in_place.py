@@ -15,7 +15,6 @@ becomes
 """
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import onnx_ir as ir
@@ -75,17 +74,19 @@ def _added(y: ir.Value) -> tuple[ir.Node, ir.Value] | tuple[None, None]:
 def _normalised(x: ir.Value | None, depth: int) -> tuple[ir.Value | None, ir.Value | None, float]:
     """What of x a product over `depth` needs to read: x / sqrt(mean of squares + epsilon) * norm of it is x.
 
-    Else norm is None, and where x only joins last axes of another value, that is read.
+    Else norm is None, and where x only joins the heads of another value, that is read.
     """
     for norm, quotient in both_ways(producer(x, "Mul")):
         divide = producer(quotient, "Div")
-        root = producer(divide.inputs[1], "Sqrt") if divide is not None else None
+        if divide is None or _sizes(norm) != [depth]:
+            continue
+        whole, root = divide.inputs[0], producer(divide.inputs[1], "Sqrt")
         for mean, constant in both_ways(producer(root.inputs[0], "Add")) if root is not None else ():
             epsilon = number(constant)
-            if epsilon is not None and _is_mean_of_squares(mean, divide.inputs[0]) and _sizes(norm) == [depth]:  # type: ignore[union-attr]
-                return divide.inputs[0], norm, epsilon  # type: ignore[union-attr]
+            if epsilon is not None and _is_mean_of_squares(mean, whole):
+                return whole, norm, epsilon
     reshape = producer(x, "Reshape")
-    if reshape is not None and _joins_last_axes(_sizes(reshape.inputs[0]), _sizes(x), depth):
+    if reshape is not None and _joins_heads(_sizes(reshape.inputs[0]), _sizes(x), depth):
         x = reshape.inputs[0]
     return x, None, 0.0
 
@@ -102,12 +103,12 @@ def _is_mean_of_squares(mean: ir.Value, x: ir.Value | None) -> bool:
     return squared and number(reduce.inputs[1]) in (-1, len(sizes) - 1)
 
 
-def _joins_last_axes(before: list[Any] | None, after: list[Any] | None, depth: int) -> bool:
-    """Whether a reshape [..., H, D] -> [..., H * D] keeps the axes in front."""
-    if not before or not after or len(before) <= len(after) or after[-1] != depth or None in before:
+def _joins_heads(before: list[Any] | None, after: list[Any] | None, depth: int) -> bool:
+    """Whether it is a reshape [B,S,H,D] -> [B,S,depth]."""
+    if before is None or len(before) != 4 or None in before or after != [*before[:2], depth]:
         return False
-    last = before[len(after) - 1 :]
-    return before[: len(after) - 1] == after[:-1] and all(isinstance(n, int) for n in last) and prod(last) == depth
+    heads, dim = before[2:]
+    return isinstance(heads, int) and isinstance(dim, int) and heads * dim == depth
 
 
 def _sizes(value: ir.Value | None) -> list[Any] | None:

@@ -112,8 +112,8 @@ ATTEND = PluginNode(
 AROUND = (Port("norm", "K", "float32"), Port("residual", "...,N", "float32"))
 
 # A product with the integers that export.quantize makes, for the same library alone, which reads them where they lie in
-# the file. blocks is K/32 rounded up; weight may be a reshape that keeps N; the last axis of x may be several that make
-# it up. Where gated is 1, x has 2K, and silu(first half) * second half is multiplied; where norm is given, it is
+# the file. blocks is K/32 rounded up; weight may be a reshape that keeps N; x may be B,S,H,D with heads that make
+# up K. Where gated is 1, x has 2K, and silu(first half) * second half is multiplied; where norm is given, it is
 # x / sqrt(mean of squares + epsilon) * norm. residual is added where it is given.
 LINEAR = PluginNode(
     "KeySieveLinear",

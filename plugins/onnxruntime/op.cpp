@@ -26,11 +26,12 @@ int64_t count(Shape const& shape) {
 
 Shape leading(Tensor const& x, char const* name, int64_t width) {
     Shape first = x.shape;
-    int64_t last = 1;
-    do {
+    int64_t last = first.back();
+    first.pop_back();
+    if (last != width && first.size() == 3) {
         last *= first.back();
         first.pop_back();
-    } while (last < width && !first.empty());
+    }
     if (last != width)
         throw std::runtime_error(std::string(name) + " is " + text(x.shape) + ", not [..., " + std::to_string(width) + "]");
     return first;

@@ -29,8 +29,8 @@ struct Tensor {
 // How many elements there are.
 int64_t count(Shape const& shape);
 
-// The first sizes of x [..., width], where the last one is the product of some last axes; raises std::runtime_error where
-// there are none such.
+// The first sizes of x [..., width], or of x [B,S,H,D] with heads that make up the width; raises std::runtime_error where
+// it is neither.
 Shape leading(Tensor const& x, char const* name, int64_t width);
 
 // Into how many parts a product with so many rows of weights is divided for the threads.

@@ -60,7 +60,7 @@ def test_what_stands_around_a_product(tokens, rows, depth, instructions):
 
 
 @pytest.mark.parametrize("tokens", [1, 20])
-def test_last_axes_may_make_up_the_depth(tokens, instructions):
+def test_heads_may_make_up_the_depth(tokens, instructions):
     inputs = given(tokens, 40, 96)
     heads = inputs | {"x": inputs["x"].reshape(1, tokens, 3, 32)}
     assert np.array_equal(session(rank=4).run(None, heads)[0], session().run(None, inputs)[0])
