@@ -7,9 +7,9 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PIP    := $(BIN)/pip --quiet --quiet --disable-pip-version-check
 
-# `make models` also tests the oldest transformers of pyproject.toml, and the newest torch that was tried.
+# `make models` also tests the oldest torch and transformers of pyproject.toml, and the newest torch that was tried.
 OLDEST       := build/oldest
-OLDEST_WITH  := $(TORCH) transformers==5.3.0
+OLDEST_WITH  := torch==2.11.0 transformers==5.3.0
 NEWEST       := build/newest
 NEWEST_WITH  ?= torch==2.14.1 transformers==5.23.0
 
@@ -28,7 +28,9 @@ PYTEST_ARGS ?=
 # Two processes, each with one thread; the tests of a file share what they compile, so they stay together.
 TWO_AT_ONCE := --numprocesses 2 --dist loadfile
 
-.PHONY: help venv model demo test test-fast lint types models bench clean
+GPU_ARGS    ?=
+
+.PHONY: help venv model demo test test-fast lint types models bench gpu gpu-pack clean
 .SILENT:
 
 help:
@@ -38,6 +40,8 @@ help:
 	echo "make lint       ruff and mypy"
 	echo "make models     the matrix of tiny models with three sets of versions, and the tables made of it (MODELS_ARGS=NAME ...)"
 	echo "make bench      what needs no GPU of benchmarks/, after make demo (BENCH=FILE picks one, BENCH_ARGS='...' goes to it)"
+	echo "make gpu        on a machine with an NVIDIA GPU: check and measure there all that needs one (GPU_ARGS='--only ...')"
+	echo "make gpu-pack   anywhere: what make gpu brings along, into build/gpu"
 	echo "make venv       the virtual environment in $(VENV)"
 	echo "make model      the model of demo and tests in $(MODEL)"
 	echo "make clean      remove everything that was built (CLEAN_VENV=1: the virtual environment too)"
@@ -103,6 +107,13 @@ $(OLDEST)/.ready $(NEWEST)/.ready: pyproject.toml
 
 bench: $(READY) $(MODEL)/config.json
 	set -e; for script in $(BENCH); do echo "== $$script"; $(BIN)/python $$script $(BENCH_ARGS); done
+
+# The machine of a GPU has a Python with torch, and nothing of keysieve is installed there.
+gpu:
+	$(PYTHON) benchmarks/gpu/run.py $(GPU_ARGS)
+
+gpu-pack: $(READY)
+	$(BIN)/python benchmarks/gpu/pack.py
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache $(if $(CLEAN_VENV),$(VENV))

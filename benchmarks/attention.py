@@ -122,6 +122,8 @@ def attend(rows: int, batch: int, tokens: int, threads: int, cache: type) -> Cal
         scale=SCALE,
         softcap=0.0,
         window=0,
+        kv_heads=KV_HEADS,
+        heads="",
     )
     return bound([node], state(rows, batch, tokens, cache), threads, library=True)
 

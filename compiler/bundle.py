@@ -16,12 +16,15 @@ from keysieve.errors import BundleError, KeySieveError
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 NATIVE_MODEL = "model.onnxruntime.onnx"  # for ONNX Runtime with the custom-op library
+PROGRAM = "program.json"  # of the target torch, and its weights
+WEIGHTS = "model.safetensors"
 STATISTICS = "stats.safetensors"
 STATE = "state.safetensors"
-FORMAT = 3
+FORMAT = 4
 REQUIRED = (
     "format",
     "keysieve",
+    "target",
     "model",
     "sizes",
     "dtype",
@@ -34,6 +37,7 @@ REQUIRED = (
     "windows",
     "states",
     "plans",
+    "classes",
     "vocab_size",
 )
 
@@ -115,7 +119,11 @@ def open_bundle(path: Path | str) -> Bundle:
     missing = [name for name in REQUIRED if name not in manifest]
     if missing:
         raise BundleError(f"{file} lacks {', '.join(missing)}; compile the bundle again")
+    if not isinstance(manifest["files"], dict):
+        raise BundleError(f"{file} names no files; compile the bundle again")
     for name, expected in manifest["files"].items():
+        if not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
+            raise BundleError(f"{file} lacks size and SHA-256 of {name}; compile the bundle again")
         _check_file(path / name, expected)
     return Bundle(path, manifest)
 

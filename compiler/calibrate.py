@@ -3,14 +3,12 @@
 `torchrun --nproc-per-node N -m keysieve.compiler.calibrate MODEL -o FILE ...` lets N processes share the work.
 """
 
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -18,12 +16,17 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from keysieve.compiler import statistics as statistics_file
+from keysieve.compiler import official_statistics, statistics_file
+from keysieve.compiler.interrupts import interrupt_deferred
 from keysieve.compiler.layerwise import LayerByLayer
+from keysieve.compiler.learn import learn_gates
+from keysieve.compiler.learning_texts import CONTEXT, learning_texts, plan_learning
 from keysieve.compiler.model import identity, load_model, load_skeleton, load_tokenizer
 from keysieve.compiler.pipeline import Matched, find, model_sizes, tap_graph
 from keysieve.compiler.progress import Progress
-from keysieve.compiler.statistics import Identity, LayerStatistics, QueryMoments, Statistics
+from keysieve.compiler.query_moments import QueryMoments
+from keysieve.compiler.run_nodes import Hear, last_uses, run_nodes, taps_of
+from keysieve.compiler.statistics import Identity, LayerStatistics, Statistics, check_matches
 from keysieve.compiler.statistics_report import statistics_report
 from keysieve.compiler.text import FIELD, Rows, count_tokens, text_sha256, text_source, token_chunks
 from keysieve.compiler.weights import Checkpoint, too_large
@@ -52,8 +55,15 @@ def calibrate(
     text_field: str = FIELD,
     batch_size: int = 1,
     layer_by_layer: bool | None = None,
+    gates: bool = False,
+    context: int | None = None,
 ) -> Statistics:
     """Measure E[q_f] and E|q_f| of every layer and query head on text, and write the statistics file `output`.
+
+    gates: learn a gate for every KV head and the heads' shares of the budget, too (see Learned), on the same text and
+    synthetic facts; context: tokens of the texts by which shares are learned, which should be as long as those that
+    are served (default 4096, or what text and model allow). Layers whose queries, keys and values have no common input
+    get neither, nor does a .pt file. Gates take d * d * 16 bytes a layer while they are learned, d the hidden size.
 
     texts: files, as iter_texts reads them; dataset: instead of files a datasets.Dataset, a list, or any object that
     can be iterated again and again, of strings or of dicts with a string in `text_field`; neither: Python's own
@@ -88,26 +98,38 @@ def calibrate(
         checkpoint = Checkpoint(model, loaded) if layer_by_layer else None
         model_identity = identity(loaded, checkpoint.parameters() if checkpoint else None)
     workers.check_equal("model", model_identity)
-    limit = getattr(loaded.config, "max_position_embeddings", None) or chunk
+    limit = getattr(loaded.config, "max_position_embeddings", None) or max(chunk, 2 * CONTEXT)
     chunk = min(chunk, limit)
     matched = find(loaded, progress)
     matched.require_all()
     model_identity |= model_sizes(matched)
-    resumed = workers.on_first(lambda: _resume(output, model_identity, matched, text_hash, max_tokens, chunk))
+    resumed = workers.on_first(lambda: _resume(output, model_identity, matched, text_hash, max_tokens, chunk, context))
     done = resumed.tokens if resumed else 0
-    if resumed and (done >= max_tokens or (done == resumed.tokens_planned < max_tokens and done % chunk)):
+    measured = resumed and (done >= max_tokens or (done == resumed.tokens_planned < max_tokens and done % chunk))
+    gates = gates and output.suffix != ".pt" and not (resumed and resumed.learned and resumed.learned.finished)
+    if resumed and measured and not gates:
         return _warned(resumed, workers)
-    start = resumed or Statistics([], 0, max_tokens, text_hash, model_identity, chunk)
-    start.tokens_planned = max_tokens
-    with progress.stage("calibrate") as stage:
-        graph = tap_graph(matched)
-        passes = LayerByLayer(graph, matched.ropes, checkpoint) if checkpoint else _InMemory(graph, matched.ropes)
-        chunks = token_chunks(start_texts(), tokenizer, chunk, max_tokens)
-        total = count_tokens(start_texts(), tokenizer, max_tokens)
-        measurement = _Measurement(passes, start, matched.ropes, total, batch_size, output, workers)
-        result = measurement.run(chunks, progress)
-        stage.note(f"{result.tokens:,} tokens" + (f", {done:,} of them before" if done else ""))
-    workers.on_first(lambda: _save(result, output))
+    graph = tap_graph(matched, learn=True) if gates else tap_graph(matched)
+    passes = LayerByLayer(graph, matched.ropes, checkpoint) if checkpoint else _InMemory(graph, matched.ropes)
+    total = count_tokens(start_texts(), tokenizer, max_tokens)
+    if resumed and measured:
+        result = resumed
+    else:
+        start = resumed or Statistics([], 0, max_tokens, text_hash, model_identity, chunk)
+        start.tokens_planned = max_tokens
+        with progress.stage("calibrate") as stage:
+            chunks = token_chunks(start_texts(), tokenizer, chunk, max_tokens)
+            measurement = _Measurement(passes, start, matched.ropes, total, batch_size, output, workers)
+            result = measurement.run(chunks, progress)
+            stage.note(f"{result.tokens:,} tokens" + (f", {done:,} of them before" if done else ""))
+        workers.on_first(lambda: _save(result, output))
+    if gates:
+        plan = result.learned or plan_learning(tokenizer, total, limit, context)
+        gather = partial(learning_texts, start_texts, tokenizer, total, plan)
+        each = PASS if checkpoint else 1
+        result = learn_gates(
+            replace(result, learned=plan), matched, passes.stream, gather, output, workers, progress, each
+        )
     return _warned(result, workers)
 
 
@@ -143,10 +165,15 @@ class _InMemory:
     def run(self, batches: list[torch.Tensor], step: Step) -> list[QueryMoments]:
         moments = _moments(self._ropes)
         for batch in batches:
-            for moment, tap in zip(moments, run_graph(self._graph, batch), strict=True):
-                moment.add(tap)
+            run_graph(self._graph, batch, partial(_add_tap, moments))
             step(1 / len(batches))
         return moments
+
+    def stream(self, batches: list[torch.Tensor], hear: Hear, step: Step) -> None:
+        """As LayerByLayer.stream, one batch after the other."""
+        for number, batch in enumerate(batches):
+            run_graph(self._graph, batch, partial(hear, number))
+            step(1 / len(batches))
 
 
 class _Measurement:
@@ -208,6 +235,8 @@ class _Measurement:
     def snapshot(self) -> Statistics:
         """The statistics of what all processes did so far. To be called by all of them."""
         layers, _ = self._together(self.moments)
+        if self.start.layers:
+            layers = [_with_learned(*both) for both in zip(layers, self.start.layers, strict=True)]
         first_half, first_tokens = self._together(self.first_half)
         return replace(self.start, layers=layers, tokens=self.tokens, first_half=first_half, first_tokens=first_tokens)
 
@@ -230,7 +259,7 @@ class _Measurement:
 
         sums = self.passes.run(mine, step) if mine else []
         # An interrupt must not leave some layers a chunk ahead of others.
-        with _interrupt_deferred():
+        with interrupt_deferred():
             for moment, new in zip(self.moments, sums, strict=False):
                 moment.merge(new)
             self.tokens += tokens
@@ -260,6 +289,16 @@ class _Measurement:
             self.first_half = [QueryMoments.resume(layer, tokens) for layer in layers]
 
 
+def _with_learned(new: LayerStatistics, old: LayerStatistics) -> LayerStatistics:
+    return replace(new, **{name: getattr(old, name) for name in statistics_file.LEARNED})
+
+
+def _add_tap(moments: list[QueryMoments], output: int, tap: torch.Tensor) -> None:
+    """The queries come first among the outputs, and the moments ask for no others."""
+    if output < len(moments):
+        moments[output].add(tap)
+
+
 def _moments(ropes: list[RopeAttention]) -> list[QueryMoments]:
     return [QueryMoments(rope.form, rope.attention.query_heads, rope.attention.layer) for rope in ropes]
 
@@ -282,51 +321,37 @@ def _groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield group
 
 
-@contextmanager
-def _interrupt_deferred() -> Iterator[None]:
-    """Let Ctrl-C wait until the block is through."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pending: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if pending:
-        raise KeyboardInterrupt
-
-
 @torch.no_grad()
-def run_graph(graph: Graph, input_ids: torch.Tensor) -> list[torch.Tensor]:
-    """Run a captured graph on input_ids [B,S] with positions from 0; returns its outputs."""
+def run_graph(graph: Graph, input_ids: torch.Tensor, hear: Callable[[int, torch.Tensor], None]) -> None:
+    """Run a captured graph on input_ids [B,S] with positions from 0, and tell hear(number, value) every output."""
     if not graph.closed:
         graph.program()
     position_ids = torch.arange(input_ids.shape[1]).expand(*input_ids.shape)
     given = {"input_ids": input_ids, "position_ids": position_ids}
-    arguments = [
-        graph.tensors[node] if node in graph.tensors else given[node.name]
-        for node in graph.fx.nodes
-        if node.op == "placeholder"
-    ]
-    return list(graph.module(*arguments))
+    env = dict(graph.tensors) | {node: given[name] for name, node in graph.inputs.items() if name in given}
+    nodes = [node for node in graph.fx.nodes if node.op not in ("placeholder", "output")]
+    run_nodes(graph, nodes, env, last_uses(graph), taps_of(graph), hear)
 
 
 def _resume(
-    output: Path, model: Identity, matched: Matched, text_hash: str, max_tokens: int, chunk: int
+    output: Path, model: Identity, matched: Matched, text_hash: str, max_tokens: int, chunk: int, context: int | None
 ) -> Statistics | None:
     """What an earlier, interrupted or shorter run left in `output`."""
     if not output.exists():
         return None
     found = statistics_file.load(output)
-    statistics_file.check_matches(found, model, [rope.form for rope in matched.ropes])
+    check_matches(found, model, [rope.form for rope in matched.ropes])
     if found.text_sha256 != text_hash:
         raise StatisticsError(f"{output} holds statistics of another text; remove it, or choose another output")
     if found.chunk != chunk:
         raise StatisticsError(
             f"{output} was measured in chunks of {found.chunk} tokens, which {chunk} cannot continue; "
             "use the same chunk, or remove it"
+        )
+    if found.learned and context and found.learned.share_context != context:
+        raise StatisticsError(
+            f"{output} has shares of texts of {found.learned.share_context:,} tokens, not {context:,}; remove it, or "
+            "choose another output"
         )
     if found.tokens < found.tokens_planned and found.tokens % chunk:
         return replace(found, tokens_planned=found.tokens)  # an earlier run used the whole text
@@ -341,7 +366,7 @@ def _resume(
 def _save(result: Statistics, output: Path) -> None:
     if not result.tokens:
         raise ConfigError("the text holds no tokens; give a longer one")
-    writer = statistics_file.save_official if output.suffix == ".pt" else statistics_file.save
+    writer = official_statistics.save_official if output.suffix == ".pt" else statistics_file.save
     writer(result, output)
 
 

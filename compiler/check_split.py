@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from keysieve.errors import MatchError
+from keysieve.passes.check_sizes import check_sizes
 from keysieve.passes.graph import Graph
 
 STEPS = (21, 27)  # tokens
@@ -29,8 +30,10 @@ UNTOUCHED = ("plan", "keep", "centre", "magnitude")  # state that matters only w
 def check_split(graph: Graph, numbers: list[int]) -> None:
     """Check a rewritten graph; numbers: what the model calls its layers with attention.
 
-    Raises MatchError that names the first layer whose new keys or values depend on how a text is split.
+    Raises MatchError that names the first layer whose new keys or values depend on how a text is split. Before that,
+    sizes are checked: one sequence is all that is run here, so a batch that was fixed would go unnoticed.
     """
+    check_sizes(graph)
     for seed in range(TEXTS):
         layer = first_difference(graph, len(numbers), seed)
         if layer is None:
@@ -52,8 +55,8 @@ def _refusal(numbers: list[int], layer: int) -> MatchError:
 @torch.no_grad()
 def first_difference(graph: Graph, layers: int, seed: int) -> int | None:
     """The first layer that gets other keys or values when a text is split, from 0; `layers` for the logits."""
-    updates = [graph.outputs[f"key_{layer}_next"].args[0] for layer in range(layers)]
-    watched = [node.args[place] for node in updates for place in (0, 1)]  # type: ignore[union-attr]
+    updates = [_first_update(graph, layer) for layer in range(layers)]
+    watched = [node.args[place] for node in updates for place in (0, 1)]
     watched.append(graph.outputs["logits"])
     vocabulary = int(graph.shape(watched[-1])[2])  # type: ignore[arg-type]
     text = torch.randint(vocabulary, (1, sum(STEPS)), generator=torch.Generator().manual_seed(seed))
@@ -65,6 +68,12 @@ def first_difference(graph: Graph, layers: int, seed: int) -> int | None:
         if not (torch.cat(found, tokens) - expected).norm() <= TOLERANCE * spread:  # so that NaN is a difference
             return index // 2
     return None
+
+
+def _first_update(graph: Graph, layer: int) -> Node:
+    """What updates the cache of a layer; of one of its parts, since what reaches all parts is made of the same."""
+    names = (name for name in graph.outputs if name.startswith((f"key_{layer}_next", f"key_{layer}_")))
+    return graph.outputs[next(names)].args[0]  # type: ignore[return-value]
 
 
 def _read(graph: Graph, steps: list[Tensor], watched: list[Node]) -> list[list[Tensor]]:
@@ -90,5 +99,5 @@ def _start(graph: Graph, node: Node) -> Tensor:
     sizes: list[Any] = [1 if str(size) == batch else size for size in graph.shape(node)]
     shape = [size if isinstance(size, int) else sum(STEPS) for size in sizes]
     return torch.full(
-        shape, -1 if node.name == "keep" else 0, dtype=torch.float32 if dtype.is_floating_point else dtype
+        shape, -1 if node.name.startswith("keep") else 0, dtype=torch.float32 if dtype.is_floating_point else dtype
     )

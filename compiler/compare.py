@@ -16,7 +16,7 @@ import numpy as np
 
 from keysieve.compiler.engine import Engine, load
 from keysieve.compiler.progress import Progress
-from keysieve.compiler.session import Session
+from keysieve.compiler.runtimes import Session
 from keysieve.compiler.text import iter_texts, token_chunks
 from keysieve.errors import ConfigError, EngineError
 
@@ -67,13 +67,16 @@ def compare(
     max_tokens: int = MAX_TOKENS,
     threads: int | None = None,
     progress: Progress | None = None,
+    device: str = "cpu",
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Measure a bundle on the first `max_tokens` tokens of every text, at every budget.
 
+    threads, device, compiled: of keysieve.load, where source is a path.
     Returns {"rows": [{"policy", "budget", "scope", "tokens", "kl", "kl_p95", "kl_se", "top1", "ppl", "ppl_dense",
     "kl_split", ...}, ...]}. A budget that evicts nothing on these texts is an error, not a perfect score.
     """
-    engine = source if isinstance(source, Engine) else load(source, threads)
+    engine = source if isinstance(source, Engine) else load(source, threads, device, compiled=compiled)
     progress = progress or Progress()
     if not texts or not budgets:
         raise ConfigError("compare needs at least one text and one budget")

@@ -12,19 +12,27 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from keysieve.compiler import statistics as statistics_file
-from keysieve.compiler.bundle import MODEL, NATIVE_MODEL, STATE, STATISTICS, new_folder, write_manifest
+from keysieve.compiler import statistics_file
+from keysieve.compiler.bundle import (
+    MODEL,
+    NATIVE_MODEL,
+    PROGRAM,
+    STATE,
+    STATISTICS,
+    WEIGHTS,
+    new_folder,
+    write_manifest,
+)
 from keysieve.compiler.check_split import check_split
-from keysieve.compiler.config import CompileConfig, EvictionConfig
+from keysieve.compiler.config import ON_TENSORRT, CompileConfig, EvictionConfig
+from keysieve.compiler.head_classes import HeadClasses, classify, uniform
 from keysieve.compiler.inspect import Report, report_of
 from keysieve.compiler.model import identity, load_model, load_skeleton, load_tokenizer, round_weights
 from keysieve.compiler.pipeline import (
     Matched,
-    cache_layout,
     engine_graph,
     find,
     model_sizes,
-    plan_shapes,
     query_centres,
 )
 from keysieve.compiler.progress import Progress
@@ -36,10 +44,12 @@ from keysieve.compiler.tensorrt import (
     write_library,
     write_plans,
 )
-from keysieve.errors import BundleError, CaptureError
+from keysieve.compiler.whole_file import existing
+from keysieve.errors import BundleError, CaptureError, ConfigError
 from keysieve.export.onnx import export_onnx
 from keysieve.export.onnxruntime import export_for_onnxruntime
 from keysieve.export.tensorrt import LIBRARY
+from keysieve.export.torch import export_torch
 from keysieve.passes.graph import Graph
 from keysieve.passes.policies.triattention import QueryCentres, common_form
 from keysieve.plugins.contract import NODES
@@ -63,9 +73,9 @@ def compile(
     output = Path(output)
     if output.exists() and not dry_run:
         raise BundleError(f"output {output} exists already; remove it or choose another name")
-    limits = None if config.target == "onnxruntime" else check_tensorrt(config)
+    limits = check_tensorrt(config) if config.target in ON_TENSORRT else None
     if config.stats is not None:
-        statistics_file.existing(config.stats)
+        existing(config.stats)
     tokenizer = None if dry_run else load_tokenizer(model)
     with progress.stage("load"):
         loaded = load_skeleton(model, config.dtype) if dry_run else load_model(model, "auto")
@@ -75,21 +85,21 @@ def compile(
     matched = find(loaded, progress)
     report = report_of(loaded, matched, config.eviction, config.cache_dtype)
     matched.require_all()
-    sizes, caches = model_sizes(matched), cache_layout(matched)
-    caches["plans"] = plan_shapes(matched, config.eviction.scope)
+    sizes = model_sizes(matched)
     model_identity = {**source, **sizes}
     statistics = _statistics(config, model_identity, matched, weights_known=not dry_run)
     if config.dump_graphs:
         _dump(config.dump_graphs, "captured", matched.graph)
     with progress.stage("rewrite") as stage:
         initial = _initial_state(config, matched, statistics)
-        graph, states = engine_graph(matched, config.eviction, statistics, config.kv_dtype)
-        caches["states"] = [asdict(state) for state in states]
+        classes = _head_classes(config.eviction, matched, statistics)
+        engine = engine_graph(matched, config.eviction, statistics, config.kv_dtype, classes)
+        graph, layout = engine.graph, engine.layout(config.eviction.scope)
         stage.note(f"{len(graph.fx.nodes):,} nodes")
     kernels = None
     if limits:
         kernels = kernel_configuration(graph, config.dtype)
-        limits = replace(limits, windows=window_capacities(config, [window["size"] for window in caches["windows"]]))
+        limits = replace(limits, windows=window_capacities(config, [window["size"] for window in layout["windows"]]))
     if config.dump_graphs:
         _dump(config.dump_graphs, "rewritten", graph)
     if dry_run:
@@ -100,10 +110,14 @@ def compile(
         if kernels:
             write_library(kernels, config.tensorrt, folder / LIBRARY, progress)
         with progress.stage("export") as stage:
-            metadata = _metadata(config, model_identity)
-            quantized = export_onnx(graph, folder / MODEL, metadata, config.inline, config.weights)
+            metadata, nodes = _metadata(config, model_identity), _node_counts(graph)
+            quantized = None
+            if config.target == "torch":
+                export_torch(graph, folder / PROGRAM, folder / WEIGHTS, metadata)
+            else:
+                quantized = export_onnx(graph, folder / MODEL, metadata, config.inline, config.weights)
             if config.target == "onnxruntime" and config.dtype == "float32" and not config.inline:
-                export_for_onnxruntime(folder / MODEL, folder / NATIVE_MODEL, matched.attentions)
+                export_for_onnxruntime(folder / MODEL, folder / NATIVE_MODEL, engine.attentions)
             stage.note(f"{sum(f.stat().st_size for f in folder.iterdir()) / 1e6:,.0f} MB")
         built = write_plans(folder, folder / MODEL, config, limits, progress) if limits else {}
         with progress.stage("bundle"):
@@ -114,10 +128,10 @@ def compile(
                     save_file(initial, folder / STATE)
             if statistics is not None:
                 statistics_file.save(statistics, folder / STATISTICS)
-            report = replace(report, nodes=_node_counts(graph), target=config.target, plans=built.get("plans", []))
+            report = replace(report, nodes=nodes, target=config.target, plans=built.get("plans", []))
             if quantized:
                 report = replace(report, quantized={"weights": config.weights, **asdict(quantized)})
-            content = _manifest(loaded, tokenizer, config, model_identity, sizes, caches, report)
+            content = _manifest(loaded, tokenizer, config, model_identity, sizes, layout, report)
             write_manifest(folder, {**content, **({"tensorrt": built} if built else {})})
     return report
 
@@ -139,6 +153,23 @@ def _statistics(config: CompileConfig, model: Identity, matched: Matched, weight
     forms, numbers = [rope.form for rope in matched.ropes], [rope.attention.layer for rope in matched.ropes]
     layers = numbers if matched.windowed else None
     return statistics_file.read(config.stats, model, forms, heads, unknown, layers)
+
+
+def _head_classes(eviction: EvictionConfig, matched: Matched, statistics: Statistics | None) -> HeadClasses:
+    """One class, or those that the shares of the statistics make."""
+    if eviction.heads == "uniform" or not matched.ropes:
+        return uniform([rope.attention.kv_heads for rope in matched.ropes])
+    learned = statistics.learned if statistics is not None else None
+    shares = {layer.layer: layer.share for layer in statistics.layers} if statistics is not None else {}
+    found = [share for rope in matched.ropes if (share := shares.get(rope.attention.layer)) is not None]
+    if learned is None or len(found) < len(matched.ropes):
+        lacking = "these statistics lack" if statistics is not None else "are in a statistics file: give --stats FILE"
+        raise ConfigError(
+            f"head budgets need shares of the heads, which {lacking}; `keysieve calibrate MODEL -o FILE --gates` "
+            "learns them, or leave --heads out"
+        )
+    protected = eviction.sinks + eviction.recent
+    return classify(found, learned.budgets, eviction.budget, eviction.head_classes, protected)
 
 
 def _initial_state(config: CompileConfig, matched: Matched, statistics: Statistics | None) -> dict[str, np.ndarray]:
@@ -181,7 +212,7 @@ def _manifest(
     config: CompileConfig,
     model_identity: Identity,
     sizes: dict[str, Any],
-    caches: dict[str, Any],
+    layout: dict[str, Any],
     report: Report,
 ) -> dict[str, Any]:
     eviction = config.eviction
@@ -201,7 +232,7 @@ def _manifest(
         "eviction": asdict(eviction),
         "layers": [asdict(layer) for layer in report.layers],
         "nodes": report.nodes,
-        **caches,
+        **layout,
         **({"quantized": report.quantized} if report.quantized else {}),
         "versions": {name: version(name) for name in ("torch", "transformers", "onnx", "onnxruntime")},
     }

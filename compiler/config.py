@@ -9,10 +9,12 @@ from keysieve.kernels import SCOPES
 
 POLICIES = ("triattention", "streaming", "key-norm", "random")
 CENTRES = ("calibrated", "online")
+HEADS = ("uniform", "classes")
 PROMPTS = ("evictable", "pinned")
 DTYPES = ("float32", "float16", "bfloat16")
 WEIGHTS = ("int8", "int4")
-TARGETS = ("onnxruntime", "tensorrt-rtx", "tensorrt")
+TARGETS = ("onnxruntime", "torch", "tensorrt-rtx", "tensorrt")
+ON_TENSORRT = TARGETS[2:]
 
 
 def _choose(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -55,7 +57,11 @@ class PolicyConfig:
 
 @dataclass(frozen=True)
 class EvictionConfig:
-    """What is kept. budget counts every row held after an eviction: sinks, recent and pinned rows included."""
+    """What is kept. budget counts every row held after an eviction: sinks, recent and pinned rows included.
+
+    heads: "uniform" gives every KV head as many rows as budget says; "classes" gives them by their shares in the
+    statistics, as many on average, in at most head_classes classes of heads that have the same.
+    """
 
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     budget: int = 2048
@@ -64,14 +70,22 @@ class EvictionConfig:
     recent: int = 128
     scope: str = "per_layer_per_head"
     prompt: str = "evictable"
+    heads: str = "uniform"
+    head_classes: int = 4
 
     def __post_init__(self) -> None:
         _choose("scope", self.scope, SCOPES)
+        _choose("heads", self.heads, HEADS)
         _choose("prompt", self.prompt, PROMPTS)
-        for name, least in (("budget", 1), ("interval", 1), ("sinks", 0), ("recent", 0)):
+        for name, least in (("budget", 1), ("interval", 1), ("sinks", 0), ("recent", 0), ("head_classes", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         check_budget(self.budget, self.sinks, self.recent)
+        if self.heads == "classes" and self.scope != "per_layer_per_head":
+            raise ConfigError(
+                f"scope {self.scope} keeps the same rows in several heads, so they cannot have budgets of their own; "
+                "leave --heads classes out, or choose the scope per_layer_per_head"
+            )
 
 
 def check_budget(budget: int, sinks: int, recent: int) -> None:
@@ -124,7 +138,7 @@ class CompileConfig:
         _choose("target", self.target, TARGETS)
         if self.inline and self.target != "onnxruntime":
             raise ConfigError(
-                f"an inlined file has no plugin nodes, which target {self.target} needs; leave --inline out"
+                f"an inlined file is for the target onnxruntime, not for {self.target}; leave --inline out"
             )
         self._check_storage()
         policy = self.eviction.policy
@@ -133,7 +147,12 @@ class CompileConfig:
                 "policy triattention with calibrated centres needs a statistics file: give --stats FILE "
                 "(made by `keysieve calibrate MODEL -o FILE`), or use --centres online"
             )
-        if self.stats is not None and policy.name != "triattention":
+        if self.eviction.heads == "classes" and self.stats is None:
+            raise ConfigError(
+                "head budgets follow the shares of the heads in a statistics file: give --stats FILE (made by "
+                "`keysieve calibrate MODEL -o FILE --gates`), or leave --heads out"
+            )
+        if self.stats is not None and policy.name != "triattention" and self.eviction.heads == "uniform":
             raise ConfigError(f"policy {policy.name} uses no statistics; leave --stats out")
 
     @property

@@ -73,9 +73,17 @@ def targets(
         _target("onnx", (compiler,), (runtime and openvino and f"no runtime: {runtime}; {openvino}",)),
         _target("onnxruntime", (compiler,), (runtime,)),
         _target("openvino", (compiler,), (openvino,), note="the inlined ONNX file (--inline)"),
+        _target("torch", (compiler,), (), note=_torch_note(triton, gpu)),
         _target("tensorrt-rtx", (*compile_kernels, rtx), (rtx, no_gpu)),
         _target("tensorrt", compile_kernels, (tensorrt and f"{tensorrt}: a script builds the plan elsewhere", no_gpu)),
     ]
+
+
+def _torch_note(triton: str, gpu: bool) -> str:
+    """What the target torch, which runs on any CPU, lacks for a GPU."""
+    if not gpu:
+        return "on the CPU: there is no NVIDIA GPU"
+    return f"on the CPU: {triton}" if triton else ""
 
 
 def _target(name: str, not_built: tuple[str, ...], not_run: tuple[str, ...], note: str = "") -> dict[str, Any]:

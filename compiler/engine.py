@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from keysieve.compiler.bundle import STATE, Bundle, open_bundle
-from keysieve.compiler.runtimes import Runtime
-from keysieve.compiler.sampling import Sampler, Sampling
-from keysieve.compiler.session import Counters, Session, one_a_sequence
-from keysieve.errors import EngineError
+from keysieve.compiler.bundle import MODEL, PROGRAM, STATE, WEIGHTS, Bundle, open_bundle
+from keysieve.compiler.config import TARGETS
+from keysieve.compiler.head_classes import class_budgets
+from keysieve.compiler.rows import MOST_ROWS, one_a_sequence
+from keysieve.compiler.runtimes import Runtime, Session
+from keysieve.compiler.sampling import Sampling
+from keysieve.compiler.session import Counters
+from keysieve.errors import BundleError, EngineError
 
 Prompt = str | Sequence[int]
 DEVICES = ("cpu", "cuda")
@@ -74,10 +77,15 @@ class Engine:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self._runtime = runtime
-        state_file = bundle.path / STATE
-        self._initial = load_file(state_file) if state_file.is_file() else {}
-        self.counters: Counters | None = None
+        self._initial = load_file(bundle.path / STATE) if STATE in bundle.manifest["files"] else {}
+        self._running: Session | None = None
+        self._counters: Counters | None = None
         self.timing = Timing()
+
+    @property
+    def counters(self) -> Counters | None:
+        """Those of the last request, as far as it got."""
+        return self._running.counters if self._running is not None else self._counters
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -128,7 +136,7 @@ class Engine:
         if capacity is None:
             capacity = int(np.max(np.asarray(wanted))) + int(eviction["interval"])
         self._runtime.check(batch, capacity, 1)
-        return Session(self._runtime, self.manifest, batch, capacity, wanted, pinned, self._initial, chunk, total)
+        return self._runtime.session(self.manifest, batch, capacity, wanted, pinned, self._initial, chunk, total)
 
     # -- the request loop --------------------------------------------------------------------------------------------
     def _start(
@@ -164,7 +172,7 @@ class Engine:
         interval, most = int(eviction["interval"]), int(budgets.max())
         if chunk is not None and chunk < 1:
             raise EngineError(f"chunk is {chunk}; a step takes at least one token")
-        chunk = min(chunk or interval, total)
+        chunk = min(chunk or self._runtime.chunk(len(ids)) or interval, total)
         needed = total if dense else min(total, most + max(interval, chunk))
         capacity = needed if capacity is None else capacity
         if capacity < needed:
@@ -180,48 +188,52 @@ class Engine:
         self._runtime.check(len(ids), capacity, chunk)
         pinned = [sequence.pinned for sequence in sequences]
         session = self.session(len(ids), budgets.tolist(), capacity, dense, pinned, chunk, total)
-        sampler = Sampler(Sampling(temperature, top_p, top_k, seed), len(ids))
+        sampling = Sampling(temperature, top_p, top_k, seed)
         stops = set(self.manifest.get("stop_tokens", []) if stop_tokens is None else stop_tokens)
-        return sequences, self._run(session, sequences, sampler, stops, max_new_tokens, chunk)
+        return sequences, self._run(session, sequences, sampling, stops, max_new_tokens, chunk)
 
     def _run(
         self,
         session: Session,
         sequences: list[_Sequence],
-        sampler: Sampler,
+        sampling: Sampling,
         stops: set[int],
         max_new_tokens: int,
         chunk: int,
     ) -> Iterator[Step]:
-        started = time.perf_counter()
-        logits = prefill(session, [sequence.prompt for sequence in sequences], chunk)
-        timing = self.timing = Timing(sum(len(s.prompt) for s in sequences), time.perf_counter() - started)
-        index = np.zeros((len(sequences), 1), np.int64)
-        drawn = sampler(logits)
-        while True:
-            new: list[int | None] = []
-            for sequence, token in zip(sequences, drawn, strict=True):
-                if sequence.reason is not None:
-                    new.append(None)
-                    continue
-                new.append(token)
-                if token in stops:
-                    sequence.reason = "stop"
-                else:
-                    sequence.tokens.append(token)
-                    if len(sequence.tokens) == max_new_tokens:
-                        sequence.reason = "length"
-            self.counters = session.counters
-            yield Step(new, [self._new_text(sequence) for sequence in sequences])
-            if all(sequence.reason is not None for sequence in sequences):
-                break
-            going = np.array([sequence.reason is None for sequence in sequences])
-            tokens = np.where(going, drawn, 0)[:, None]
+        self._running = session
+        try:
             started = time.perf_counter()
-            drawn = sampler(session.step(tokens, going.astype(np.int32), index)[:, 0])
-            timing.decode_seconds += time.perf_counter() - started
-            timing.decoded_tokens += int(going.sum())
-        self.counters = session.counters
+            prompts = [sequence.prompt for sequence in sequences]
+            steps = session.decode(prompts, chunk, sampling, stops, max_new_tokens)
+            drawn = next(steps)
+            timing = self.timing = Timing(sum(map(len, prompts)), time.perf_counter() - started)
+            while True:
+                new: list[int | None] = []
+                for sequence, token in zip(sequences, drawn, strict=True):
+                    if sequence.reason is not None:
+                        new.append(None)
+                        continue
+                    new.append(token)
+                    if token in stops:
+                        sequence.reason = "stop"
+                    else:
+                        sequence.tokens.append(token)
+                        if len(sequence.tokens) == max_new_tokens:
+                            sequence.reason = "length"
+                yield Step(new, [self._new_text(sequence) for sequence in sequences])
+                going = np.array([sequence.reason is None for sequence in sequences])
+                if not going.any():
+                    break
+                started = time.perf_counter()
+                drawn = steps.send(going)
+                timing.decode_seconds += time.perf_counter() - started
+                timing.decoded_tokens += int(going.sum())
+        finally:
+            self._counters = session.counters
+            if self._running is session:
+                self._running = None
+            session.close()
 
     def _tokenize(self, prompts: Prompt | Sequence[Prompt], chat: bool) -> list[list[int]]:
         if not len(prompts):
@@ -267,12 +279,15 @@ class Engine:
             )
 
     def _check_pinned(self, sequences: list[_Sequence], budgets: np.ndarray) -> None:
-        recent = int(self.manifest["eviction"]["recent"])
-        for sequence, budget in zip(sequences, budgets, strict=True):
+        eviction = self.manifest["eviction"]
+        sinks, recent = int(eviction["sinks"]), int(eviction["recent"])
+        classes = class_budgets(self.manifest["classes"], budgets, sinks + recent)
+        for sequence, budget in zip(sequences, classes.min(axis=0, initial=MOST_ROWS), strict=True):
             if sequence.pinned and sequence.pinned + recent >= budget:
+                narrow = " of its narrowest heads" if len(classes) > 1 else ""
                 raise EngineError(
                     f"a pinned prompt of {sequence.pinned} tokens and {recent} recent rows do not fit a budget of "
-                    f"{budget} rows; raise the budget above {sequence.pinned + recent}, or make the prompt evictable"
+                    f"{budget} rows{narrow}; raise it above {sequence.pinned + recent}, or make the prompt evictable"
                 )
 
     # -- text --------------------------------------------------------------------------------------------------------
@@ -294,40 +309,34 @@ class Engine:
         return text[len(before) :]
 
 
-def prefill(session: Session, prompts: Sequence[Sequence[int]], chunk: int) -> np.ndarray:
-    """Feed prompts of unequal lengths in chunks; returns the logits [B,V] after each one's last token.
-
-    Prompts are aligned at their ends: the longest starts, each has at most one partial chunk (its first), and all end
-    in the same step. A sequence that has not started yet takes part with count 0.
-    """
-    longest = max(len(prompt) for prompt in prompts)
-    first = (longest - 1) % chunk + 1
-    ends = list(range(first, longest + 1, chunk))
-    logits, begin = None, 0
-    for end, following in zip(ends, [*ends[1:], ends[-1] + 1], strict=True):
-        size = end - begin
-        tokens = np.zeros((len(prompts), size), np.int64)
-        count = np.zeros(len(prompts), np.int32)
-        for row, prompt in enumerate(prompts):
-            part = prompt[max(0, begin - longest + len(prompt)) : max(0, end - longest + len(prompt))]
-            count[row] = len(part)
-            tokens[row, : len(part)] = part
-        logits = session.step(tokens, count, np.maximum(count - 1, 0)[:, None], following - end)
-        begin = end
-    return logits[:, 0]  # type: ignore[index]
-
-
-def load(path: Path | str, threads: int | None = None, device: str = "cpu", native: bool | None = None) -> Engine:
+def load(
+    path: Path | str,
+    threads: int | None = None,
+    device: str = "cpu",
+    native: bool | None = None,
+    compiled: bool = False,
+) -> Engine:
     """Open a bundle for generation.
 
-    device "cpu": ONNX Runtime, with `threads` intra-op threads (default: all cores). "cuda": the bundle's TensorRT plan
-    on the GPU. native, on a CPU: True runs with keysieve's custom ops, False without; by default with them where they
-    were built. Raises BundleError for a damaged bundle or one of another version, EngineError where the
-    device cannot run it.
+    device "cpu" or "cuda": a bundle of the target torch runs on either. Others run on ONNX Runtime on a CPU, and their
+    TensorRT plans on a GPU. threads: of a CPU (default: all cores). native, on ONNX Runtime: True runs with keysieve's
+    custom ops, False without; by default with them where they were built. compiled, on torch: let torch.compile fuse
+    the decoding step, which takes about a minute once and is faster then.
+    Raises BundleError for a damaged bundle or one of another version, EngineError where the device cannot run it.
     """
     if device not in DEVICES:
         raise EngineError(f"unknown device {device!r}; choose one of {', '.join(DEVICES)}")
     bundle = open_bundle(path)
+    _check_complete(bundle)
+    on_torch = bundle.manifest["target"] == "torch"
+    if compiled and not on_torch:
+        raise EngineError(f"{bundle.path} is not of the target torch, so there is nothing for torch.compile to fuse")
+    if native is not None and (on_torch or device == "cuda"):
+        raise EngineError("native chooses custom ops of ONNX Runtime, which does not run this bundle; leave it out")
+    if on_torch:
+        from keysieve.compiler.runtimes.torch import open_runtime
+
+        return Engine(bundle, open_runtime(bundle, device, threads, compiled))
     if device == "cuda":
         from keysieve.compiler.runtimes.tensorrt import PlanRuntime
 
@@ -335,6 +344,20 @@ def load(path: Path | str, threads: int | None = None, device: str = "cpu", nati
     from keysieve.compiler.runtimes.onnxruntime import OnnxRuntime
 
     return Engine(bundle, OnnxRuntime(bundle, threads, native))
+
+
+def _check_complete(bundle: Bundle) -> None:
+    """Raise BundleError unless the bundle is of a known target and names the files that this needs."""
+    target, eviction = bundle.manifest["target"], bundle.manifest["eviction"]
+    if target not in TARGETS:
+        raise BundleError(f"{bundle.path} is of target {target!r}, which this keysieve does not know; compile it again")
+    needed = [PROGRAM, WEIGHTS] if target == "torch" else [MODEL]
+    policy = eviction["policy"]
+    if policy["name"] == "triattention" and policy["centres"] == "online" and bundle.manifest["classes"]:
+        needed.append(STATE)
+    missing = [name for name in needed if name not in bundle.manifest["files"]]
+    if missing:
+        raise BundleError(f"{bundle.path} lacks {', '.join(missing)}; compile the bundle again")
 
 
 def _load_tokenizer(path: Path) -> Any:

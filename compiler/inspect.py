@@ -4,12 +4,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from keysieve.compiler.bundle import MANIFEST, MODEL, open_bundle
 from keysieve.compiler.config import EvictionConfig
+from keysieve.compiler.head_classes import class_budgets, uniform
 from keysieve.compiler.model import load_skeleton
 from keysieve.compiler.pipeline import Matched, cache_layout, find
 from keysieve.compiler.progress import Progress
-from keysieve.compiler.session import window_rows
+from keysieve.compiler.rows import window_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,6 +48,7 @@ class Report:
     """What `inspect` prints. Bytes count K and V: for a token, of the layers that grow; for the budget, of all.
 
     dtype: of the cache. quantized: what integer weights cost (see keysieve.export.quantize), empty without them.
+    caches: of the layers that evict: layer, kv_heads (by number), share and rows of a head at the budget.
     """
 
     architecture: str
@@ -58,6 +62,7 @@ class Report:
     target: str = "onnxruntime"
     plans: list[dict[str, Any]] = field(default_factory=list)
     quantized: dict[str, Any] = field(default_factory=dict)
+    caches: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""
@@ -109,31 +114,53 @@ def report_of(model: "PreTrainedModel", matched: Matched, eviction: EvictionConf
         layers.append(LayerReport(miss.layer, "unsupported", None, False, miss.reason, miss.node))
     layers.sort(key=lambda layer: layer.layer)
     architecture = (model.config.architectures or [type(model).__name__])[0]
-    layout = cache_layout(matched)
-    per_token, for_budget = _kv_bytes(layout["caches"], layout["windows"], dtype, eviction.budget, eviction.interval)
-    return Report(architecture, layers, per_token, eviction.budget, for_budget, dtype, {}, asdict(eviction))
+    classes = uniform([rope.attention.kv_heads for rope in matched.ropes]).entries()
+    content = {**cache_layout(matched.attentions), "classes": classes}
+    caches, bytes_of = _caches(content, asdict(eviction)), _kv_bytes(content, asdict(eviction), dtype)
+    return Report(
+        architecture, layers, bytes_of[0], eviction.budget, bytes_of[1], dtype, {}, asdict(eviction), caches=caches
+    )
 
 
-def _kv_bytes(
-    caches: list[dict[str, Any]], windows: list[dict[str, Any]], dtype: str, budget: int, interval: int
-) -> tuple[int, int]:
+def _class_rows(content: dict[str, Any], eviction: dict[str, Any]) -> list[int]:
+    """Rows of a head of each class at the budget; content: the manifest's caches, windows and classes."""
+    budget, protected = np.array([eviction["budget"]]), eviction["sinks"] + eviction["recent"]
+    return [int(rows[0]) for rows in class_budgets(content["classes"], budget, protected)]
+
+
+def _caches(content: dict[str, Any], eviction: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the report says of each cache that evicts."""
+    rows = _class_rows(content, eviction)
+    return [
+        {
+            "layer": cache["layer"],
+            "kv_heads": cache["heads"],
+            "share": round(rows[cache["class"]] / eviction["budget"], 4),
+            "rows": rows[cache["class"]],
+        }
+        for cache in content["caches"]
+        if cache["window"] is None
+    ]
+
+
+def _kv_bytes(content: dict[str, Any], eviction: dict[str, Any], dtype: str) -> tuple[int, int]:
     """Bytes of K and V that a token adds, and that a sequence takes for that budget."""
+    rows, interval = _class_rows(content, eviction), eviction["interval"]
     per_token = for_budget = 0
-    for cache in caches:
+    for cache in content["caches"]:
         row = cache["kv_heads"] * (cache["head_dim"] + cache["value_dim"]) * ITEM_BYTES[dtype]
         if cache["window"] is None:
             per_token += row
-            for_budget += row * (budget + interval)
+            for_budget += row * (rows[cache["class"]] + interval)
         else:
-            for_budget += row * window_rows(windows[cache["window"]]["size"], interval)
+            for_budget += row * window_rows(content["windows"][cache["window"]]["size"], interval)
     return per_token, for_budget
 
 
 def _bundle_report(path: Path) -> Report:
     manifest = open_bundle(path).manifest
     eviction, dtype = manifest["eviction"], manifest["kv_dtype"]
-    caches, windows = manifest["caches"], manifest["windows"]
-    per_token, for_budget = _kv_bytes(caches, windows, dtype, eviction["budget"], eviction["interval"])
+    per_token, for_budget = _kv_bytes(manifest, eviction, dtype)
     return Report(
         manifest["model"]["architecture"],
         [LayerReport(**layer) for layer in manifest["layers"]],
@@ -146,4 +173,5 @@ def _bundle_report(path: Path) -> Report:
         manifest["target"],
         manifest.get("tensorrt", {}).get("plans", []),
         manifest.get("quantized", {}),
+        _caches(manifest, eviction),
     )

@@ -1,15 +1,17 @@
 """A tapped graph run layer by layer: only the weights of one layer, and the activations between two, are in memory."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from math import prod
 from typing import Any
 
 import torch
 from torch.export.graph_signature import InputKind
-from torch.fx import Interpreter, Node
+from torch.fx import Node
 
-from keysieve.compiler.statistics import QueryMoments
+from keysieve.compiler.query_moments import QueryMoments
+from keysieve.compiler.run_nodes import Hear, last_uses, run_nodes, taps_of
 from keysieve.compiler.weights import Checkpoint
 from keysieve.passes.graph import Graph
 from keysieve.passes.result import RopeAttention
@@ -43,25 +45,33 @@ class LayerByLayer:
                 self._constants[node] = checkpoint.read(name)
             else:
                 self._constants[node] = graph.tensors[node]
-        self._last_use = _last_uses(graph)
-        self._taps: dict[Node, list[int]] = {}
-        for index, tap in enumerate(graph.output_node.args[0]):
-            self._taps.setdefault(tap, []).append(index)
+        self._last_use = last_uses(graph)
+        self._taps = taps_of(graph)
         self.layers = self._split()
 
     @torch.no_grad()
     def run(self, batches: list[torch.Tensor], step: Callable[[float], None]) -> list[QueryMoments]:
         """The query sums of every layer over batches of input_ids [B,S]; `step` hears which share is done."""
         moments = [QueryMoments(*form) for form in self._forms]
+
+        def hear(_: int, output: int, value: torch.Tensor) -> None:
+            if output < len(moments):
+                moments[output].add(value)
+
+        self.stream(batches, hear, step)
+        return moments
+
+    @torch.no_grad()
+    def stream(self, batches: list[torch.Tensor], hear: Hear, step: Callable[[float], None]) -> None:
+        """Run batches of input_ids [B,S], and tell `hear` each output of each batch once, as soon as it is there."""
         carried = [self._given(batch) for batch in batches]
         for layer in self.layers:
             weights = self._read(layer)
-            for values in carried:
-                self._run_layer(layer, weights, values, moments)
+            for batch, values in enumerate(carried):
+                self._run_layer(layer, weights, values, partial(hear, batch))
                 step(1 / (len(self.layers) * len(batches)))
             self.alive -= sum(tensor.nbytes for tensor in weights.values())
             del weights
-        return moments
 
     def _given(self, input_ids: torch.Tensor) -> dict[Node, Any]:
         inputs = self._graph.inputs
@@ -83,20 +93,12 @@ class LayerByLayer:
         layer: list[Node],
         weights: dict[Node, torch.Tensor],
         values: dict[Node, Any],
-        moments: list[QueryMoments],
+        hear: Callable[[int, torch.Tensor], None],
     ) -> None:
         """Run one layer on one batch, whose `values` become those that later layers need."""
-        interpreter = Interpreter(self._graph.module, garbage_collect_values=False)
-        interpreter.env = {**self._constants, **weights, **values}
+        kept = {**self._constants, **weights, **values}
         values.clear()
-        for node in layer:
-            interpreter.env[node] = interpreter.run_node(node)
-            for index in self._taps.get(node, ()):
-                moments[index].add(interpreter.env[node])
-            for read in {node, *node.all_input_nodes}:
-                if self._last_use[read] is node:
-                    del interpreter.env[read]
-        kept = interpreter.env
+        run_nodes(self._graph, layer, kept, self._last_use, self._taps, hear)
         values.update({n: kept[n] for n in kept if n not in self._constants and n not in weights})
 
     def _split(self) -> list[list[Node]]:
@@ -109,7 +111,9 @@ class LayerByLayer:
             dying = {i for i in node.all_input_nodes if i in place and self._last_use[i] is node}
             alive -= sum(_bytes(i) for i in dying)
             widths.append(alive)
-        between = [min(widths[a:b]) for a, b in pairwise(sorted(place[tap] for tap in self._taps))]
+        queries = self._graph.output_node.args[0][: len(self._forms)]
+        places = {place[query] for query in queries}
+        between = [min(widths[a:b]) for a, b in pairwise(sorted(places))]
         narrow = max(between, default=-1)
         layers: list[list[Node]] = [[]]
         for node, width in zip(calls, widths, strict=True):
@@ -117,17 +121,6 @@ class LayerByLayer:
             if width <= narrow and any(i in self._weights for n in layers[-1] for i in n.all_input_nodes):
                 layers.append([])
         return [layer for layer in layers if layer]
-
-
-def _last_uses(graph: Graph) -> dict[Node, Node]:
-    """For each node, the last one that reads it; for one that only the output reads, itself."""
-    last = {}
-    for node in graph.fx.nodes:
-        last[node] = node
-        if node.op != "output":
-            for read in node.all_input_nodes:
-                last[read] = node
-    return last
 
 
 def _bytes(node: Node) -> int:

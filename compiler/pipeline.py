@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from keysieve.compiler.capture import capture
 from keysieve.compiler.config import EvictionConfig
+from keysieve.compiler.head_classes import HeadClasses, uniform
 from keysieve.compiler.model import TORCH_DTYPES
 from keysieve.compiler.progress import Progress
 from keysieve.compiler.statistics import Statistics
@@ -16,13 +17,14 @@ from keysieve.passes.find_latents import find_latents
 from keysieve.passes.find_rope import find_rope
 from keysieve.passes.gather_logits import gather_logits
 from keysieve.passes.graph import Graph
-from keysieve.passes.group_layers import Group, group_layers
+from keysieve.passes.group_layers import Group, group_layers, group_parts
 from keysieve.passes.insert_cache import group_windows, insert_cache
 from keysieve.passes.insert_eviction import insert_eviction
 from keysieve.passes.lower_attention import lower_attention
 from keysieve.passes.lower_complex import lower_complex
 from keysieve.passes.lower_fills import lower_fills
 from keysieve.passes.lower_positions import lower_positions
+from keysieve.passes.policies.parts import of_parts
 from keysieve.passes.policies.stateless import stateless
 from keysieve.passes.policies.triattention import (
     QueryCentres,
@@ -34,6 +36,8 @@ from keysieve.passes.policies.triattention import (
 from keysieve.passes.result import Attention, Miss, RopeAttention
 from keysieve.passes.rope_form import RopeForm
 from keysieve.passes.rope_forms import lower_rope
+from keysieve.passes.split_heads import split_heads
+from keysieve.passes.tap_inputs import tap_inputs
 from keysieve.passes.tap_prerope import tap_only
 from keysieve.plugins.contract import plan_shape
 
@@ -137,45 +141,82 @@ def _why_not(kind: str) -> str:
     return f"no attention in this layer{f' ({kind})' if kind else ''}, and no state that could be carried"
 
 
-def tap_graph(matched: Matched) -> Graph:
-    """The graph whose outputs are the pre-RoPE queries of every layer."""
+def tap_graph(matched: Matched, learn: bool = False) -> Graph:
+    """The graph whose outputs are the pre-RoPE queries of every layer, and for gates what tap_inputs adds."""
     ropes = matched.require_all()
     if not ropes:
         raise MatchError(
             f"all {matched.layers} layers have a sliding window, so nothing is evicted and nothing to calibrate"
         )
     tap_only(matched.graph, ropes)
+    if learn:
+        tap_inputs(matched.graph, ropes)
     return matched.graph
 
 
-def engine_graph(
-    matched: Matched, eviction: EvictionConfig, statistics: Statistics | None, kv_dtype: str | None = None
-) -> tuple[Graph, list[State]]:
-    """The rewritten graph, and the states that it carries beside the caches.
+@dataclass(frozen=True)
+class EngineGraph:
+    """The rewritten graph, the states that it carries beside the caches, and what has a cache, by groups.
 
-    Cache, policy and eviction are inserted; see docs/architecture.md for its inputs and outputs.
+    attentions: those of the model, or the parts that split_heads made of them. See docs/architecture.md for the graph's
+    inputs and outputs.
     """
+
+    graph: Graph
+    states: list[State]
+    attentions: list[Attention]
+    groups: list[Group]
+    classes: HeadClasses
+
+    def layout(self, scope: str) -> dict[str, Any]:
+        """What a session allocates, of a manifest: caches and windows, plans, states, and the classes of heads."""
+        plans = {
+            f"plan{group.suffix}": {
+                "layers": plan_shape(scope, len(group.matches), None, group.kv_heads, None)[0],
+                "kv_heads": plan_shape(scope, len(group.matches), None, group.kv_heads, None)[2],
+                "class": group.head_class,
+            }
+            for group in self.groups
+        }
+        states = {"states": [asdict(state) for state in self.states], "classes": self.classes.entries()}
+        return {**cache_layout(self.attentions), "plans": plans, **states}
+
+
+def engine_graph(
+    matched: Matched,
+    eviction: EvictionConfig,
+    statistics: Statistics | None,
+    kv_dtype: str | None = None,
+    classes: HeadClasses | None = None,
+) -> EngineGraph:
+    """Insert caches, policy and eviction. classes: of the KV heads of the layers that evict; None: all in one."""
     ropes = matched.require_all()
+    classes = classes or uniform([rope.attention.kv_heads for rope in ropes])
     graph, policy = matched.graph, eviction.policy
     gather_logits(graph)
     attentions, ropes = arrange_heads(graph, matched.attentions, ropes)
-    groups = group_layers(ropes)
+    layers = group_layers(ropes)
+    of_heads = {rope.attention.layer: heads for rope, heads in zip(ropes, classes.of_heads, strict=True)}
+    attentions, parts = split_heads(graph, attentions, ropes, of_heads)
+    groups = group_parts(layers, parts)
     cache = insert_cache(graph, attentions, groups, eviction.scope, TORCH_DTYPES[kv_dtype] if kv_dtype else None)
     states = carry_states(graph, cache.count)
+    engine = EngineGraph(graph, states, attentions, groups, classes)
     if not ropes:
-        return graph, states
+        return engine
     if policy.name == "triattention":
         options = TriAttention(policy.offsets, policy.aggregation, policy.trig, policy.norm)
         check_rotation(ropes)
         online = policy.centres == "online"
         inputs = [
             triattention(graph, cache, group, options, None if online else query_centres(statistics, group))
-            for group in groups
+            for group in layers
         ]
+        inputs = [of_parts(graph, inputs[group.source], layers[group.source], group) for group in groups]
     else:
         inputs = [stateless(graph, policy.name)] * len(groups)
     insert_eviction(graph, cache, groups, inputs, eviction.scope, eviction.sinks, eviction.recent)
-    return graph, states
+    return engine
 
 
 def query_centres(statistics: Statistics | None, group: Group) -> QueryCentres:
@@ -203,26 +244,21 @@ def model_sizes(matched: Matched) -> dict[str, Any]:
     return sizes
 
 
-def plan_shapes(matched: Matched, scope: str) -> dict[str, list[int | None]]:
-    """The shape of each plan by name, [Lp, None, Hp, None]: batch and capacity are the session's."""
-    return {
-        f"plan{group.suffix}": list(plan_shape(scope, len(group.matches), None, group.kv_heads, None))
-        for group in matched.groups
-    }
-
-
-def cache_layout(matched: Matched) -> dict[str, Any]:
-    """What a session allocates: "caches", one entry a layer, and the "windows" that some of them refer to."""
-    windows = group_windows(matched.attentions)
+def cache_layout(attentions: list[Attention]) -> dict[str, Any]:
+    """The caches of a manifest, one entry for each attention, and the "windows" that some of them refer to."""
+    windows = group_windows(attentions)
     window_of = {layer: index for index, window in enumerate(windows) for layer in window.layers}
     caches = [
         {
+            "name": attention.cache,
             "layer": attention.layer,
+            "heads": list(range(attention.kv_heads) if attention.heads is None else attention.heads),
             "kv_heads": attention.kv_heads,
             "head_dim": attention.head_dim,
             "value_dim": attention.value_dim,
+            "class": attention.head_class if attention.evicts else None,
             "window": window_of.get(attention.layer),
         }
-        for attention in matched.attentions
+        for attention in attentions
     ]
     return {"caches": caches, "windows": [asdict(window.span) | {"size": window.size} for window in windows]}

@@ -47,13 +47,21 @@ class Sampler:
         scaled = logits.astype(np.float64) / options.temperature
         candidates = np.arange(len(scaled))
         if options.top_k and options.top_k < len(scaled):
-            candidates = np.argpartition(scaled, -options.top_k)[-options.top_k :]
+            candidates = _highest(scaled, options.top_k)[: options.top_k]
         chances = np.exp(scaled[candidates] - scaled[candidates].max())
         chances /= chances.sum()
         if options.top_p < 1:
             kept = _likeliest(chances, options.top_p)
             candidates, chances = candidates[kept], chances[kept] / chances[kept].sum()
         return int(stream.choice(candidates, p=chances))
+
+
+def _highest(values: np.ndarray, size: int) -> np.ndarray:
+    """Indices of the `size` highest values or more, the highest first, and equal ones in the order of their indices."""
+    top = np.arange(len(values))
+    if size < len(values):
+        top = np.flatnonzero(values >= np.partition(values, -size)[-size])
+    return top[np.argsort(-values[top], kind="stable")]
 
 
 def _likeliest(chances: np.ndarray, mass: float) -> np.ndarray:
@@ -63,8 +71,7 @@ def _likeliest(chances: np.ndarray, mass: float) -> np.ndarray:
     """
     size = FIRST_SORTED
     while True:
-        top = np.argpartition(chances, -size)[-size:] if size < len(chances) else np.arange(len(chances))
-        order = top[np.argsort(-chances[top], kind="stable")]
+        order = _highest(chances, size)
         reached = np.cumsum(chances[order])
         if reached[-1] >= mass or size >= len(chances):
             return order[: int(np.searchsorted(reached, mass)) + 1]

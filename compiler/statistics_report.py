@@ -1,14 +1,16 @@
 """What statistics say about a model: whether its queries gather around centres, and whether these hold still."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from keysieve.compiler.statistics import LayerStatistics, Statistics, load, write_whole
+from keysieve.compiler.statistics import LayerStatistics, Statistics
+from keysieve.compiler.statistics_file import load
 from keysieve.compiler.statistics_picture import picture
+from keysieve.compiler.whole_file import write_whole
 from keysieve.errors import ConfigError
 
 LEAST = 0.5  # of amplitude-weighted R; below it the centre describes less than half of the queries
@@ -23,7 +25,9 @@ class LayerFit:
     resultant: sum |E q_f| / sum E|q_f| over heads and bands, 0 to 1: the mean resultant length R_f = |E q_f| / E|q_f|
     weighted by amplitude. drift: sum |E2 q_f - E1 q_f| / sum E|q_f|, how far the centres moved from the first half of
     the text to the second; None where the halves are unknown. amplitude: mean E|q_f|. dead: how many bands of heads are
-    always 0; they have no weight. bands [R/2]: R of every band over the heads, the fastest band first.
+    always 0; they have no weight. bands [R/2]: R of every band over the heads, the fastest band first. gate: the gates'
+    correlation with labels that they did not learn from, mean over the KV heads; None without gates. shares: of every
+    KV head [Hkv], one list for each budget; empty without them.
     """
 
     layer: int
@@ -33,11 +37,16 @@ class LayerFit:
     amplitude: float
     dead: int
     bands: list[float]
+    gate: float | None = None
+    shares: list[list[float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class StatisticsReport:
-    """The same over all layers, and from how many tokens; tokens_by_half is empty where the halves are unknown."""
+    """The same over all layers, and from how many tokens; tokens_by_half is empty where the halves are unknown.
+
+    share_budgets: the average rows a head at which shares were measured, on texts of share_context tokens.
+    """
 
     architecture: str
     tokens: int
@@ -46,6 +55,9 @@ class StatisticsReport:
     resultant: float | None
     drift: float | None
     layers: list[LayerFit]
+    gate: float | None = None
+    share_budgets: list[int] = field(default_factory=list)
+    share_context: int = 0
 
     @property
     def doubt(self) -> str:
@@ -63,6 +75,13 @@ class StatisticsReport:
         """The layers of least R, those that are dead as a whole left out."""
         alive = [layer for layer in self.layers if layer.resultant is not None and layer.amplitude > 0]
         return sorted(alive, key=lambda layer: layer.resultant or 0.0)[:count]
+
+    def widest(self, count: int, budget: int) -> list[tuple[int, int, float]]:
+        """(layer, KV head, share) of the largest shares at share_budgets[budget]."""
+        shares = [
+            (fit.layer, at, one) for fit in self.layers if fit.shares for at, one in enumerate(fit.shares[budget])
+        ]
+        return sorted(shares, key=lambda share: -share[2])[:count]
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""
@@ -108,6 +127,8 @@ def statistics_report(statistics: Statistics | str | Path) -> StatisticsReport:
                 float(magnitude.mean()) if rotary else 0.0,
                 int((magnitude == 0).sum()),
                 [_share(*band) for band in zip(mean.sum(axis=0), magnitude.sum(axis=0), strict=True)],
+                None if layer.gate_fit is None else float(layer.gate_fit.mean()),
+                [] if layer.share is None else layer.share.astype(float).tolist(),
             )
         )
     rotary = any(fit.bands for fit in fits)
@@ -119,6 +140,9 @@ def statistics_report(statistics: Statistics | str | Path) -> StatisticsReport:
         _share(sums[0], sums[2]) if rotary else None,
         _share(sums[1], sums[2]) if rotary and halves else None,
         fits,
+        float(np.mean(gates)) if (gates := [fit.gate for fit in fits if fit.gate is not None]) else None,
+        statistics.learned.budgets if statistics.learned and any(fit.shares for fit in fits) else [],
+        statistics.learned.share_context if statistics.learned else 0,
     )
 
 

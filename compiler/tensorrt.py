@@ -9,7 +9,7 @@ import torch
 
 from keysieve.compiler.config import CompileConfig, TensorRTConfig
 from keysieve.compiler.progress import Progress
-from keysieve.compiler.session import window_rows
+from keysieve.compiler.rows import window_rows
 from keysieve.errors import ConfigError
 from keysieve.export.tensorrt import (
     LIBRARY,

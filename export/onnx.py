@@ -12,11 +12,12 @@ from onnx import FunctionProto
 from onnxscript import values
 from onnxscript.onnx_opset import opset24 as op
 
-import keysieve.plugins.torch_ops  # noqa: F401  (registers torch.ops.keysieve)
+import keysieve.plugins.torch.ops  # noqa: F401  (registers torch.ops.keysieve)
 from keysieve.errors import ExportError
 from keysieve.export.quantize import Quantized, quantize
 from keysieve.export.translate import translate
 from keysieve.passes.graph import Graph
+from keysieve.passes.lower_attend import lower_attend
 from keysieve.plugins.contract import DOMAIN, LINEAR_ATTENTION, NAMESPACE, SCORE, SELECT, UPDATE, PluginNode
 from keysieve.plugins.onnx.functions import linear_attention_function, score_function, select_function, update_function
 
@@ -35,6 +36,7 @@ def export_onnx(
     Raises ExportError where a node has no ONNX form, or the file does not pass onnx.checker.
     """
     functions = _functions(graph)
+    lower_attend(graph)
     program = graph.program()
     model = translate(program, list(graph.inputs), list(graph.outputs), _translations(inline))
     _simplify(model)
@@ -119,15 +121,15 @@ def _translations(inline: bool) -> dict[Callable[..., Any], Callable[..., Any]]:
     update, select, linear_attention = (_plugin_op(node) for node in (UPDATE, SELECT, LINEAR_ATTENTION))
     common = {"plugin_namespace": NAMESPACE}
 
-    def attend(query: Any, key: Any, value: Any, mask: Any, scale: float) -> Any:
+    def attend(query: Any, key: Any, value: Any, mask: Any, *_: Any, scale: float, **__: Any) -> Any:
         return op.Attention(query, key, value, mask, scale=scale)[0]
 
-    def attend_without_gqa(query: Any, key: Any, value: Any, mask: Any, scale: float) -> Any:
+    def attend_without_gqa(query: Any, key: Any, value: Any, mask: Any, *_: Any, scale: float, **__: Any) -> Any:
         """For runtimes whose Attention wants as many KV heads as query heads (OpenVINO): the G query heads of a KV
         head become rows of it, [B,Hq,S,D] -> [B,Hkv,G*S,D], which moves no data and repeats no K or V."""
         heads, kv_heads = query.shape[1], key.shape[1]
         if heads == kv_heads:
-            return attend(query, key, value, mask, scale)
+            return attend(query, key, value, mask, scale=scale)
         rows = op.Reshape(query, op.Constant(value_ints=[0, kv_heads, -1, query.shape[3]]))
         tall_mask = op.Concat(*[mask] * (heads // kv_heads), axis=2)
         result = op.Attention(rows, key, value, tall_mask, scale=scale)[0]
@@ -183,7 +185,7 @@ def _translations(inline: bool) -> dict[Callable[..., Any], Callable[..., Any]]:
     ops = torch.ops.keysieve
     return {
         ops.linear_attention.default: keysieve_linear_attention,
-        ops.attend.default: attend_without_gqa if inline else attend,
+        torch.ops.aten.scaled_dot_product_attention.default: attend_without_gqa if inline else attend,
         ops.update.default: keysieve_update,
         ops.score.default: keysieve_score,
         ops.select.default: keysieve_select,

@@ -25,6 +25,7 @@ from keysieve.export.read_in_place import read_in_place
 from keysieve.export.rewriting import both_ways, number, producer, take_over
 from keysieve.export.when_due import compute_when_due
 from keysieve.passes.result import Attention
+from keysieve.passes.split_heads import HEADS
 from keysieve.plugins.contract import ATTEND, DOMAIN, NAMESPACE, NODES, UPDATE
 
 TOKENS_FIRST = (0, 2, 1, 3)  # [B,H,S,D] <-> [B,S,H,D]
@@ -41,7 +42,7 @@ def export_for_onnxruntime(model: Path, output: Path, attentions: Sequence[Atten
     fused = 0
     for node in [node for node in graph if node.domain == DOMAIN and node.op_type == UPDATE.name]:
         name = node.inputs[5].name  # type: ignore[union-attr]
-        attention = next(attention for attention in attentions if name == f"key_{attention.layer}")
+        attention = next(attention for attention in attentions if name == f"key_{attention.cache}")
         fused += not attention.chunk and _fuse_attention(graph, node, attention)
     for node in graph:
         node.overload = ""  # the library's ops serve every shape
@@ -73,6 +74,13 @@ def _fuse_attention(graph: ir.Graph, update: ir.Node, attention: Attention) -> b
     query, (*new_rows, length, plan, keep, key, value) = read_cache.query, update.inputs
     # Where the caches are of another type, the op itself rounds the new rows.
     key_new, value_new = (cast.inputs[0] if (cast := producer(row, "Cast")) else row for row in new_rows)
+    kv_heads = attention.kv_heads
+    if attention.heads is not None:
+        whole = [_before_heads(value) for value in (query, key_new, value_new)]
+        if None in whole:
+            return False
+        query, key_new, value_new = whole
+        kv_heads = int(key_new.shape[1])  # type: ignore[union-attr,index,arg-type]
     query_rope, key_rope = _half_split(query), _half_split(key_new)
     cos = sin = None
     if query_rope and key_rope and query_rope[1:] == key_rope[1:]:
@@ -84,6 +92,8 @@ def _fuse_attention(graph: ir.Graph, update: ir.Node, attention: Attention) -> b
         "scale": attention.scale,
         "softcap": float(attention.softcap),
         "window": attention.window,
+        "kv_heads": kv_heads,
+        "heads": ",".join(map(str, attention.heads or ())),
         "plugin_version": ATTEND.version,
         "plugin_namespace": NAMESPACE,
     }
@@ -146,6 +156,15 @@ def _through_casts(value: ir.Value) -> list[Any]:
     for use in value.uses():
         found += _through_casts(use.node.outputs[0]) if use.node.op_type == "Cast" else [use]
     return found
+
+
+def _before_heads(value: ir.Value | None) -> ir.Value | None:
+    """What split_heads picked the heads from: [B,H,S,D] with those of all of the layer."""
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type not in ("Slice", "Gather"):
+        return None
+    axis = number(node.inputs[3]) if node.op_type == "Slice" else node.attributes["axis"].as_int()
+    return node.inputs[0] if axis == HEADS else None
 
 
 def _half_split(rotated: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value] | None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-import keysieve.plugins.torch_ops  # noqa: F401  (registers torch.ops.keysieve)
+import keysieve.plugins.torch.ops  # noqa: F401  (registers torch.ops.keysieve)
 from keysieve.errors import ExportError
 from keysieve.plugins.contract import NAMESPACE, NODES, PluginNode
 

@@ -24,8 +24,9 @@ def translate(
     """The program as an ONNX model of opset OPSET, its inputs and outputs called by the names given.
 
     translations: torch operation -> function of onnxscript values, beside those that torch.onnx has.
-    Raises ExportError where a node has no ONNX form.
+    Raises ExportError where a node has no ONNX form, or an input lost a size that may differ from run to run.
     """
+    varying = _varying(program)
     try:
         with _quiet():
             model = _export(program, {**_casts(), **translations})
@@ -37,7 +38,23 @@ def translate(
     for values, names in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
         for value, name in zip(values, names, strict=True):
             value.name = name
+    for value, axes in zip(model.graph.inputs, varying, strict=True):
+        for axis in axes:
+            size = value.shape[axis]  # type: ignore[index]
+            fixed = size if isinstance(size, int) else size.value
+            if str(fixed).isdigit():  # torch writes even a number as the name of a size
+                raise ExportError(
+                    f"input {value.name} has {fixed} for size {axis} in the ONNX graph, and may have any: torch "
+                    f"{torch.__version__} fixed it on the way; export with a torch that docs/models.md lists"
+                )
     return model
+
+
+def _varying(program: ExportedProgram) -> list[list[int]]:
+    """Of each input, the axes along which its size is no number."""
+    names = set(program.graph_signature.user_inputs)
+    values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+    return [[axis for axis, size in enumerate(value.shape) if not isinstance(size, int)] for value in values]
 
 
 def _export(program: ExportedProgram, translations: Translations) -> ir.Model:

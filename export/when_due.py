@@ -27,7 +27,7 @@ def compute_when_due(graph: ir.Graph) -> int:
     given = dict.fromkeys(value for value in used if value is not None and value.producer() in moved)
     if not given:
         return 0
-    condition = _any_due(scores[0])
+    condition = _any_due(scores)
     order = [node for node in graph if node in moved]
     graph.remove(order)
     nothing = [_nothing(value) for value in given]
@@ -71,12 +71,16 @@ def only_for(
     return found
 
 
-def _any_due(score: ir.Node) -> list[ir.Node]:
-    """Nodes, the last of which tells whether any sequence is due."""
-    over = ir.node("Sub", [score.inputs[LENGTH], score.inputs[LIMIT]])
-    most = ir.node("ReduceMax", over.outputs, attributes={"keepdims": 0})
+def _any_due(scores: Sequence[ir.Node]) -> list[ir.Node]:
+    """Nodes, the last of which tells whether any sequence is due in any of the scores, which may be of classes."""
+    pairs = dict.fromkeys((score.inputs[LENGTH], score.inputs[LIMIT]) for score in scores)
+    over = [ir.node("Sub", pair) for pair in pairs]
+    most = [ir.node("ReduceMax", node.outputs, attributes={"keepdims": 0}) for node in over]
+    nodes = [*over, *most]
+    if len(most) > 1:
+        nodes.append(ir.node("Max", [node.outputs[0] for node in most]))
     zero = ir.node("Constant", [], attributes={"value": ir.tensor(np.array(0, np.int32))})
-    return [over, most, zero, ir.node("GreaterOrEqual", [most.outputs[0], zero.outputs[0]])]
+    return [*nodes, zero, ir.node("GreaterOrEqual", [nodes[-1].outputs[0], zero.outputs[0]])]
 
 
 def _nothing(value: ir.Value) -> ir.Node:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-import keysieve.plugins.torch_ops  # noqa: F401  (registers torch.ops.keysieve)
+import keysieve.plugins.torch.ops  # noqa: F401  (registers torch.ops.keysieve)
 from keysieve.passes.graph import Graph
 
 aten = torch.ops.aten

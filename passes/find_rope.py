@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-import keysieve.plugins.torch_ops  # noqa: F401  (registers torch.ops.keysieve)
+import keysieve.plugins.torch.ops  # noqa: F401  (registers torch.ops.keysieve)
 from keysieve.passes.graph import CANNOT_EVALUATE, Graph
 from keysieve.passes.result import Attention, Found, Miss, RopeAttention
 from keysieve.passes.rope_form import RopeForm

@@ -7,7 +7,6 @@ becomes
 
 import torch
 from torch.fx import Node
-from torch.fx.node import map_arg
 
 from keysieve.passes.graph import Graph
 
@@ -62,9 +61,7 @@ def _refresh(graph: Graph, head: Node, logits: Node) -> None:
     while chain[-1] is not head:
         chain.append(chain[-1].args[0])  # type: ignore[arg-type]
     for node in reversed(chain):
-        args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with graph.fake_mode:
-            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+        graph.refresh(node)
 
 
 def _to_float32(graph: Graph, node: Node) -> Node:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import (
@@ -19,6 +20,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 from torch.fx.node import map_arg
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
+
+from keysieve.errors import MatchError
 
 SYM_SIZE = torch.ops.aten.sym_size.int
 CANNOT_EVALUATE = (RuntimeError, ValueError, KeyError, TypeError, IndexError)  # what Graph.evaluate may raise
@@ -52,6 +55,10 @@ class Graph:
         self.outputs: dict[str, Node] = {"logits": self.output_node.args[0][0]}
         self.symbols: dict[str, Any] = {}
         self.closed = False
+        captured = zip(("batch", "tokens"), self.shape(self.inputs["input_ids"]), strict=True)
+        # What may differ from step to step, by name; the symbols are among them.
+        self.sizes: dict[str, Any] = {name: size for name, size in captured if isinstance(size, torch.SymInt)}
+        self._replaced = self._replacements()
 
     # -- reading -----------------------------------------------------------------------------------------------
     @staticmethod
@@ -118,12 +125,13 @@ class Graph:
         if name not in self.symbols:
             from torch._dynamo.source import ConstantSource
 
+            # An example of its own: where torch compares two sizes, equal examples would make them one.
             probe = self.fake_mode.from_tensor(
-                torch.empty(11),
+                torch.empty(227 + 2 * len(self.symbols)),
                 source=ConstantSource(f"keysieve_{name}"),
                 symbolic_context=StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC]),
             )
-            self.symbols[name] = probe.shape[0]
+            self.symbols[name] = self.sizes[name] = probe.shape[0]
         return self.symbols[name]
 
     def input(self, name: str, shape: tuple[Any, ...], dtype: torch.dtype) -> Node:
@@ -151,10 +159,21 @@ class Graph:
     def call(self, op: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         """Insert one call at the current insertion point (see `before`) and compute its fake value."""
         node = self.fx.call_function(op, args, kwargs)
-        fake_args, fake_kwargs = map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self.fake_mode:
-            node.meta["val"] = op(*fake_args, **fake_kwargs)
+        self.refresh(node)
         return node
+
+    def refresh(self, node: Node) -> None:
+        """Compute the fake value of a call from those of its arguments.
+
+        Raises MatchError where torch fixes a size to do so: the engine would serve that size alone.
+        """
+        where = f"node {node.name} ({node.target})"
+        self.check_sizes_vary(f"the pass that adds {where}")
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        # As torch.export does it: the C++ forms of composite operations, such as linear, may ask for numbers.
+        with self.fake_mode, enable_python_dispatcher():
+            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+        self.check_sizes_vary(where)
 
     def size(self, node: Node, dim: int) -> Any:
         """A node's size along dim as an argument for `call`: an int, or a sym_size node."""
@@ -202,9 +221,31 @@ class Graph:
         """The node behind the last input: what is inserted before it may use every input."""
         return next(n for n in self.fx.nodes if n.op != "placeholder")
 
+    def check_sizes_vary(self, where: str) -> None:
+        """Raises MatchError where torch has put a number, or another size, in place of one of the sizes."""
+        if self._replacements() == self._replaced:
+            return
+        known: dict[Any, str] = {}
+        for name, size in self.sizes.items():
+            now = size.node.expr
+            if not now.is_symbol or now in known:
+                raise MatchError(
+                    f"{where} fixes the size {name!r} to {known.get(now, now)}, so the engine would be right for no "
+                    f"other; it may be a shape rule of torch {torch.__version__}: compile with a torch that "
+                    "docs/models.md lists, or report the model with this message"
+                )
+            known[now] = name
+        self._replaced = self._replacements()
+
+    def _replacements(self) -> int:
+        """How many sizes torch replaced by others or by numbers."""
+        environment = self.fake_mode.shape_env
+        return len(environment.replacements) if environment is not None else 0
+
     # -- closing -----------------------------------------------------------------------------------------------
-    def program(self) -> ExportedProgram:
-        """The edited graph as an ExportedProgram with inputs and outputs in the order of the dicts."""
+    def close(self) -> None:
+        """Keep what the outputs need, which are returned in the order of the dict."""
+        self.check_sizes_vary("a pass")
         self.output_node.args = (tuple(self.outputs.values()),)
         self.closed = True
         self._share_sizes()
@@ -212,6 +253,10 @@ class Graph:
         for node in [n for n in self.specs if not n.users]:
             self.remove(node)
         self.fx.lint()
+
+    def program(self) -> ExportedProgram:
+        """The edited graph as an ExportedProgram with inputs and outputs in the order of the dicts."""
+        self.close()
         self.module.recompile()
         old = self._program
         specs = []

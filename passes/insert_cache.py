@@ -3,15 +3,15 @@
     query, key, value -> attention
 becomes
     key, value, key_l, value_l, plan -> update -> key_l', value_l'     (compacts by the plan, then appends)
-    query, key_l', value_l', mask    -> attend
+    query, key_l', value_l', first, last -> attend
 
-position_ids is replaced by position [B] + arange(S); the mask lets token s of a sequence see the rows held before
-this step and the rows of this step up to its own.
+position_ids is replaced by position [B] + arange(S); token s of a sequence sees the rows held before this step and
+the rows of this step up to its own, `last`.
 
-A layer with full attention executes the plan of the last step, which it shares with the layers of its shape. One with
-a sliding window (or chunks) of W tokens follows a plan of its own, made in the same step: when the new tokens find no
-room, the last W - 1 rows move to the front, which are all that any later token can see. So its cache holds consecutive
-tokens, and the result is exact.
+A layer with full attention, or a part of one (split_heads), executes the plan of the last step, which it shares with
+those of its shape. One with a sliding window (or chunks) of W tokens follows a plan of its own, made in the same step:
+when the new tokens find no room, the last W - 1 rows move to the front, which are all that any later token can see. So
+its cache holds consecutive tokens, and the result is exact.
 """
 
 from dataclasses import dataclass, field, replace
@@ -47,14 +47,14 @@ class Cache:
     """Nodes that insert_eviction builds on.
 
     positions [B,S] int64; position [B] int64 = T, the absolute position after this step's tokens; count [B] int32;
-    length (rows held after the append) [B] int32 of the layers that evict, None where no layer does; keys: one
-    [B,Hkv,C,D] a layer, by group; windows: the layers that evict nothing.
+    lengths: rows held after the append [B] int32, by class of heads, of those that evict; keys: one [B,Hkv,C,D] a
+    cache, by group; windows: the layers that evict nothing.
     """
 
     positions: Node
     position: Node
     count: Node
-    length: Node | None
+    lengths: dict[int, Node]
     keys: list[list[Node]]
     windows: list[Window]
 
@@ -63,14 +63,16 @@ class Cache:
 class _Rows:
     """What the caches of some layers have in common: where rows go, and which of them the new tokens see.
 
-    length, plan and keep as `update` takes them; held [B]: rows after the append; mask [B,1,S,C] bool.
+    length, plan and keep as `update` takes them; held [B]: rows after the append; first and last [B,S]: of the rows
+    that each token sees (first None: from row 0 on).
     """
 
     length: Node
     plan: Node
     keep: Node
     held: Node
-    mask: Node
+    first: Node | None
+    last: Node
 
 
 def group_windows(attentions: list[Attention]) -> list[Window]:
@@ -86,51 +88,54 @@ def group_windows(attentions: list[Attention]) -> list[Window]:
 def insert_cache(
     graph: Graph, attentions: list[Attention], groups: list[Group], scope: str, dtype: torch.dtype | None = None
 ) -> Cache:
-    """Add the inputs count, position, key_<l>, value_<l>; outputs of the same names end in _next.
+    """Add the inputs count, position, key_<cache>, value_<cache>; outputs of the same names end in _next.
 
-    groups: the layers that evict. Where there are any: length and keep too, and a plan for each group. For every
-    window: window_length_<index>. dtype: of the caches (None: that of keys and values).
+    groups: the layers that evict, or the parts of them. Where there are any: length and keep too, for each class of
+    heads, and a plan for each group. For every window: window_length_<index>. dtype: of the caches (None: that of keys
+    and values).
     """
     windows = group_windows(attentions)
     places = {
-        match.attention.layer: (group, index)
+        match.attention.cache: (group, index)
         for group, members in enumerate(groups)
         for index, match in enumerate(members.matches)
     }
+    classes = class_suffixes(groups)
     batch = graph.shape(graph.inputs["input_ids"])[0]
     count = graph.input("count", (batch,), torch.int32)
     position = graph.input("position", (batch,), torch.int64)
-    if groups:
-        length = graph.input("length", (batch,), torch.int32)
-        plans = [_plan_input(graph, group, scope) for group in groups]
-        keep = graph.input("keep", (batch,), torch.int32)
-    caches = _cache_inputs(graph, attentions, windows, dtype)
+    held = {each: graph.input(f"length{suffix}", (batch,), torch.int32) for each, suffix in classes.items()}
+    plans = [_plan_input(graph, group, scope, classes) for group in groups]
+    keeps = {each: graph.input(f"keep{suffix}", (batch,), torch.int32) for each, suffix in classes.items()}
+    caches = _cache_inputs(graph, attentions, windows, classes, dtype)
     window_lengths = [graph.input(f"window_length_{index}", (batch,), torch.int32) for index in range(len(windows))]
 
     call = graph.call
     old_positions = graph.inputs["position_ids"]
-    rows: dict[int, _Rows] = {}  # by layer
+    rows: dict[str, _Rows] = {}  # by cache
+    planned: dict[int, _Rows] = {}  # by class
     with graph.before(graph.first_call()):
         steps = call(aten.arange.default, graph.size(graph.inputs["input_ids"], 1), dtype=torch.int64)
         positions = call(aten.add.Tensor, call(aten.unsqueeze.default, position, 1), steps)
         end = call(aten.add.Tensor, position, count)
-        if groups:
-            planned = _planned_rows(graph, caches[next(iter(places))][0], steps, count, length, plans[0], keep)
-            graph.outputs["length_next"] = planned.held
-            rows |= {layer: replace(planned, plan=plans[group]) for layer, (group, _) in places.items()}
-        for index, (window, held) in enumerate(zip(windows, window_lengths, strict=True)):
-            example, plan_heads = caches[window.layers[0]][0], plan_shape(scope, 1, batch, window.kv_heads, None)[2]
-            trimmed = _window_rows(graph, window, example, plan_heads, steps, positions, count, held)
+        for each, suffix in classes.items():
+            planned[each] = _planned_rows(graph, steps, count, held[each], plans[0], keeps[each])
+            graph.outputs[f"length{suffix}_next"] = planned[each].held
+        for cache, (group, _) in places.items():
+            rows[cache] = replace(planned[groups[group].head_class], plan=plans[group])
+        for index, (window, window_length) in enumerate(zip(windows, window_lengths, strict=True)):
+            example = next(key for one, (key, _) in zip(attentions, caches, strict=True) if one.layer in window.layers)
+            plan_heads = plan_shape(scope, 1, batch, window.kv_heads, None)[2]
+            trimmed = _window_rows(graph, window, example, plan_heads, steps, positions, count, window_length)
             graph.outputs[f"window_length_{index}_next"] = trimmed.held
-            rows |= dict.fromkeys(window.layers, trimmed)
+            rows |= dict.fromkeys(map(str, window.layers), trimmed)
     old_positions.replace_all_uses_with(positions)
     graph.remove(old_positions)
 
     keys: list[list[Node]] = [[] for _ in groups]
-    for attention in attentions:
-        group, index = places.get(attention.layer, (None, 0))
-        key, value = caches[attention.layer]
-        place, where = attention.node, rows[attention.layer]
+    for attention, (key, value) in zip(attentions, caches, strict=True):
+        group, index = places.get(attention.cache, (-1, 0))
+        place, where = attention.node, rows[attention.cache]
         with graph.before(place):
             new = [_cast(graph, node, key.meta["val"].dtype) for node in (attention.key, attention.value)]
             updated = call(
@@ -140,20 +145,31 @@ def insert_cache(
             key_next, value_next = graph.item(updated, 0), graph.item(updated, 1)
             kind = attention.query.meta["val"].dtype
             key_read, value_read = _cast(graph, key_next, kind), _cast(graph, value_next, kind)
-            attend = _attend(graph, attention, key_read, value_read, where.mask)
+            attend = call(
+                torch.ops.keysieve.attend.default,
+                attention.query, key_read, value_read, where.first, where.last,
+                attention.sinks, attention.scale, attention.softcap,
+            )  # fmt: skip
         place.replace_all_uses_with(attend)
         graph.fx.erase_node(place)
         graph.outputs[f"{key.name}_next"] = key_next
         graph.outputs[f"{value.name}_next"] = value_next
-        if group is not None:
+        if group >= 0:
             keys[group].append(key_next)
-    return Cache(positions, end, count, planned.held if groups else None, keys, windows)
+    lengths = {each: made.held for each, made in planned.items()}
+    return Cache(positions, end, count, lengths, keys, windows)
 
 
-def _plan_input(graph: Graph, group: Group, scope: str) -> Node:
+def class_suffixes(groups: list[Group]) -> dict[int, str]:
+    """What ends the names of each class's inputs and outputs: "" where there is one class, else _0, _1 and so on."""
+    classes = sorted({group.head_class for group in groups})
+    return {each: f"_{index}" if len(classes) > 1 else "" for index, each in enumerate(classes)}
+
+
+def _plan_input(graph: Graph, group: Group, scope: str, classes: dict[int, str]) -> Node:
     """plan<suffix> [Lp,B,Hp,C]."""
-    batch = graph.shape(graph.inputs["input_ids"])[0]
-    shape = plan_shape(scope, len(group.matches), batch, group.kv_heads, graph.symbol("capacity"))
+    batch, rows = graph.shape(graph.inputs["input_ids"])[0], graph.symbol(f"capacity{classes[group.head_class]}")
+    shape = plan_shape(scope, len(group.matches), batch, group.kv_heads, rows)
     return graph.input(f"plan{group.suffix}", shape, torch.int32)
 
 
@@ -162,29 +178,32 @@ def _cast(graph: Graph, node: Node, dtype: torch.dtype) -> Node:
 
 
 def _cache_inputs(
-    graph: Graph, attentions: list[Attention], windows: list[Window], dtype: torch.dtype | None
+    graph: Graph,
+    attentions: list[Attention],
+    windows: list[Window],
+    classes: dict[int, str],
+    dtype: torch.dtype | None,
 ) -> list[tuple[Node, Node]]:
-    """key_<l> [B,Hkv,C,D] and value_<l> [B,Hkv,C,Dv] of every layer; each window has a capacity of its own."""
+    """key_<cache> [B,Hkv,C,D] and value_<cache> [B,Hkv,C,Dv]; each class and each window has a capacity of its own."""
     batch = graph.shape(graph.inputs["input_ids"])[0]
     capacity = {layer: f"window_{index}" for index, window in enumerate(windows) for layer in window.layers}
     caches = []
     for attention in attentions:
-        rows = graph.symbol(capacity.get(attention.layer, "capacity"))
+        windowed = capacity.get(attention.layer)
+        rows = graph.symbol(windowed or f"capacity{classes[attention.head_class]}")
         kind, shape = dtype or attention.key.meta["val"].dtype, (batch, attention.kv_heads, rows)
-        key = graph.input(f"key_{attention.layer}", (*shape, attention.head_dim), kind)
-        value = graph.input(f"value_{attention.layer}", (*shape, attention.value_dim), kind)
+        key = graph.input(f"key_{attention.cache}", (*shape, attention.head_dim), kind)
+        value = graph.input(f"value_{attention.cache}", (*shape, attention.value_dim), kind)
         caches.append((key, value))
     return caches
 
 
-def _planned_rows(graph: Graph, cache: Node, steps: Node, count: Node, length: Node, plan: Node, keep: Node) -> _Rows:
+def _planned_rows(graph: Graph, steps: Node, count: Node, length: Node, plan: Node, keep: Node) -> _Rows:
     """Rows by the plan of the last step."""
     call = graph.call
     start = call(aten.where.self, call(aten.ge.Scalar, keep, 0), keep, length)
-    rows = call(aten.arange.default, graph.size(cache, 2), dtype=torch.int64)
     newest = call(aten.add.Tensor, call(aten.unsqueeze.default, start, 1), steps)  # [B,S]: the row of each token
-    mask = call(aten.le.Tensor, rows, call(aten.unsqueeze.default, newest, 2))  # [B,S,C]
-    return _Rows(length, plan, keep, call(aten.add.Tensor, start, count), call(aten.unsqueeze.default, mask, 1))
+    return _Rows(length, plan, keep, call(aten.add.Tensor, start, count), None, newest)
 
 
 def _window_rows(
@@ -205,41 +224,10 @@ def _window_rows(
     plan = call(aten.to.dtype, call(aten.unsqueeze.default, call(aten.unsqueeze.default, plan, 1), 0), torch.int32)
     plan = call(aten.expand.default, plan, [-1, -1, plan_heads, -1])  # [1,B,Hp,C]
 
-    behind = call(aten.sub.Tensor, graph.inputs["position"], start)  # [B]: the position of row 0
-    key = call(aten.unsqueeze.default, call(aten.add.Tensor, call(aten.unsqueeze.default, behind, 1), rows), 1)
-    query = call(aten.unsqueeze.default, positions, 2)
-    mask = call(aten.le.Tensor, key, query)  # [B,S,C]
+    # Row r holds the token r before or behind the newest's by as many positions as rows.
+    newest = call(aten.add.Tensor, call(aten.unsqueeze.default, start, 1), steps)  # [B,S]: the row of each token
     if window.span.window:
-        near = call(aten.lt.Scalar, call(aten.sub.Tensor, query, key), window.size)
+        oldest = call(aten.sub.Tensor, newest, needed)
     else:
-        near = call(aten.eq.Tensor, *(call(aten.floor_divide.default, side, window.size) for side in (query, key)))
-    mask = call(aten.unsqueeze.default, call(aten.bitwise_and.Tensor, mask, near), 1)
-    return _Rows(length, plan, keep, call(aten.add.Tensor, start, count), mask)
-
-
-def _attend(graph: Graph, attention: Attention, key: Node, value: Node, mask: Node) -> Node:
-    """[B,Hq,S,Dv]: one node, or plain operations where logits are capped or sinks take their share."""
-    call, query = graph.call, attention.query
-    if not attention.softcap and attention.sinks is None:
-        return call(torch.ops.keysieve.attend.default, query, key, value, mask, attention.scale)
-    batch, tokens = (graph.size(graph.inputs["input_ids"], axis) for axis in (0, 1))
-    heads, kv_heads, dtype = attention.query_heads, attention.kv_heads, query.meta["val"].dtype
-    # The query heads of a KV head become rows of it, so that no K or V is repeated.
-    rows = call(aten.reshape.default, query, [batch, kv_heads, -1, attention.head_dim])
-    logits = call(aten.matmul.default, rows, call(aten.transpose.int, key, 2, 3))
-    logits = call(aten.reshape.default, logits, [batch, heads, tokens, graph.size(key, 2)])
-    logits = call(aten.mul.Tensor, call(aten.to.dtype, logits, torch.float32), attention.scale)
-    if attention.softcap:
-        capped = call(aten.tanh.default, call(aten.div.Tensor, logits, attention.softcap))
-        logits = call(aten.mul.Tensor, capped, attention.softcap)
-    logits = call(aten.where.ScalarOther, mask, logits, float("-inf"))
-    if attention.sinks is not None:
-        sinks = call(aten.reshape.default, call(aten.to.dtype, attention.sinks, torch.float32), [1, heads, 1, 1])
-        logits = call(aten.cat.default, [logits, call(aten.expand.default, sinks, [batch, -1, tokens, -1])], 3)
-    weights = call(aten.softmax.int, logits, 3)
-    if attention.sinks is not None:
-        weights = call(aten.slice.Tensor, weights, 3, 0, -1)
-    weights = call(aten.to.dtype, weights, dtype)
-    weights = call(aten.reshape.default, weights, [batch, kv_heads, -1, graph.size(key, 2)])
-    result = call(aten.matmul.default, weights, value)
-    return call(aten.reshape.default, result, [batch, heads, tokens, attention.value_dim])
+        oldest = call(aten.sub.Tensor, newest, call(aten.remainder.Scalar, positions, window.size))
+    return _Rows(length, plan, keep, call(aten.add.Tensor, start, count), oldest, newest)

@@ -27,6 +27,8 @@ class Attention:
     """One attention node: query [B,Hq,S,D], key and value [B,Hkv,S,D]; window, chunk and softcap are 0 when absent.
 
     layer counts the attentions from 0; number is the model's own number of the layer, where not all have attention.
+    heads: the KV heads of the layer that it is for, where split_heads made several of one, None where it has all;
+    head_class: which budget their cache has (see split_heads).
     """
 
     layer: int
@@ -40,6 +42,13 @@ class Attention:
     window: int
     chunk: int
     softcap: float
+    heads: tuple[int, ...] | None = None
+    head_class: int = 0
+
+    @property
+    def cache(self) -> str:
+        """What ends the names of its cache: key_<cache> and value_<cache>."""
+        return str(self.layer) if self.heads is None else f"{self.layer}_{self.head_class}"
 
     @property
     def evicts(self) -> bool:

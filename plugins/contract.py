@@ -89,9 +89,11 @@ NODES = (UPDATE, SCORE, SELECT)
 
 # Update, RoPE and attention in one node, for ONNX Runtime's library alone: model.onnx never holds it. cosine and sine
 # are left out where query and key come rotated; window and softcap are 0 for none. New tokens come first in shapes.
+# Where the cache is for some KV heads of a layer, `heads` names them ("0,2", else ""), query, key_new and value_new are
+# those of all its kv_heads, and Hq and Hkv elsewhere count the cache's own.
 ATTEND = PluginNode(
     "KeySieveAttend",
-    "1",
+    "2",
     inputs=(
         Port("query", "B,S,Hq,D", "float32"),
         Port("key_new", "B,S,Hkv,D", "float32"),
@@ -105,7 +107,7 @@ ATTEND = PluginNode(
         Port("read", "B,S,Hq,Dv", "float32"),
         *UPDATE.outputs,
     ),
-    attributes={"layer": int, "scale": float, "softcap": float, "window": int},
+    attributes={"layer": int, "scale": float, "softcap": float, "window": int, "kv_heads": int, "heads": str},
 )
 
 # What stands around a product and may be left out.

@@ -15,6 +15,7 @@ from keysieve.compiler.config import CompileConfig, EvictionConfig, PolicyConfig
 from keysieve.compiler.engine import load
 from keysieve.compiler.pipeline import engine_graph, find
 from keysieve.compiler.progress import Progress
+from keysieve.compiler.session import Counters
 from keysieve.errors import CaptureError, MatchError
 from support.families import COMPILED, REFUSED, WINDOW, family_model, pairing_of
 from support.masked_reference import MaskedReference
@@ -51,8 +52,10 @@ def test_compiled_whole(name: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(found, wanted, atol=rounding, rtol=0)
         rows = {cache.array.shape[2] for cache in session._caches.values()}
         assert rows == {WINDOW - 1 + EVICTION.interval} and max(rows) < len(TOKENS)
+        check_torch_engine(tmp_path, eviction, rounding, found, session.counters)
         return
     assert session.counters.rounds[0] >= 3
+    check_torch_engine(tmp_path, eviction, rounding, found, session.counters)
     if pairing:
         reference = MaskedReference(model, None, eviction, pairing=pairing)
         expected = [*reference.prefill([TOKENS[:PROMPT]], CHUNK), *reference.decode([TOKENS[PROMPT:]])]
@@ -61,6 +64,17 @@ def test_compiled_whole(name: str, tmp_path: Path) -> None:
     else:
         evicted = EVICTION.budget + EVICTION.interval
         assert np.abs(found[evicted:] - wanted[evicted:]).max() > 1e-3
+
+
+def check_torch_engine(
+    folder: Path, eviction: EvictionConfig, rounding: float, wanted: np.ndarray, counters: Counters
+) -> None:
+    """The target torch gives the logits of ONNX Runtime, and does the same to its caches."""
+    compile(str(folder / "model"), folder / "torch", CompileConfig(eviction, target="torch"), QUIET)
+    session = load(folder / "torch").session(capacity=counters.capacity)
+    found = logits_of(session)
+    np.testing.assert_allclose(found, wanted, atol=rounding, rtol=0)
+    assert session.counters == counters
 
 
 def check_attentions_are_one_node(bundle: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from keysieve.compiler import statistics as statistics_file
+from keysieve.compiler import statistics_file
 from keysieve.compiler.calibrate import calibrate
 from keysieve.compiler.compile import compile
 from keysieve.compiler.config import CompileConfig, EvictionConfig, PolicyConfig
@@ -90,8 +90,11 @@ def test_online_centres(tmp_path: Path) -> None:
 
 def test_what_the_bundle_says(calibrated: Path) -> None:
     manifest = load(calibrated, threads=1).manifest
-    plans = {"plan_0": [2, None, 2, None], "plan_1": [1, None, 3, None], "plan_2": [1, None, 1, None]}
-    assert manifest["plans"] == plans | {"plan_3": [1, None, 2, None], "plan_4": [1, None, 2, None]}
+    shapes = [(2, 2), (1, 3), (1, 1), (1, 2), (1, 2)]
+    assert manifest["plans"] == {
+        f"plan_{index}": {"layers": layers, "kv_heads": heads, "class": 0}
+        for index, (layers, heads) in enumerate(shapes)
+    }
     assert manifest["nodes"] == {"KeySieveUpdate": 6, "KeySieveScore": 5, "KeySieveSelect": 5}
     assert manifest["sizes"]["kv_heads"] == manifest["model"]["kv_heads"] == [2, 3, 1, 2, 2, 2]
     rows = [heads.kv * (heads.dim + heads.value_dim) for heads in LAYERS]

@@ -7,7 +7,8 @@ import numpy as np
 
 import keysieve
 from contestants.worker import Contestant, serve
-from keysieve.compiler.engine import load, prefill
+from keysieve.compiler.decoding import prefill
+from keysieve.compiler.engine import load
 
 
 class KeySieve(Contestant):

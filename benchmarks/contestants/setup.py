@@ -14,7 +14,8 @@ from pathlib import Path
 from platform import machine
 
 from keysieve.compiler.bundle import new_folder
-from keysieve.compiler.statistics import load, save_official
+from keysieve.compiler.official_statistics import save_official
+from keysieve.compiler.statistics_file import load
 from keysieve.errors import KeySieveError
 
 ROOT = Path(__file__).parents[2]

@@ -66,6 +66,24 @@ def given(args: Namespace, *names: str) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
+ENGINE = ("threads", "device", "compiled")  # what add_engine_options adds: keywords of keysieve.load
+
+
+def add_engine_options(parser: ArgumentParser | _ArgumentGroup) -> None:
+    """Where and how a bundle runs, for verbs that run one."""
+    parser.add_argument("--threads", metavar="N", type=positive, help="CPU threads (default: all it may use)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="cuda: an NVIDIA GPU, for targets torch and tensorrt (default cpu)"
+    )
+    parser.add_argument(
+        "--compile",
+        dest="compiled",
+        action="store_true",
+        default=None,
+        help="target torch: let torch.compile fuse the decoding step, which takes about a minute once",
+    )
+
+
 def add_library_options(parser: ArgumentParser | _ArgumentGroup) -> None:
     """How a TensorRT plugin library is built, for verbs that build one; keywords of TensorRTConfig."""
     parser.add_argument(

@@ -7,7 +7,7 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 from keysieve.compiler.cli.arguments import add_quiet, output_file, positive, progress_of
-from keysieve.compiler.cli.terminal import quiet_transformers, say, show, usage_errors
+from keysieve.compiler.cli.terminal import UsageError, quiet_transformers, say, show, usage_errors
 
 if TYPE_CHECKING:
     from keysieve.compiler.statistics_report import StatisticsReport
@@ -49,6 +49,17 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="read the weights one layer at a time, for models larger than memory (default: where they do not fit)",
     )
     parser.add_argument(
+        "--gates",
+        action="store_true",
+        help="learn the heads' shares of the budget and gates, too, for compile --heads classes (minutes more)",
+    )
+    parser.add_argument(
+        "--context",
+        metavar="N",
+        type=positive,
+        help="tokens of the texts for shares, as long as those to be served (default 4096, or what fits)",
+    )
+    parser.add_argument(
         "--report",
         metavar="FILE",
         type=Path,
@@ -59,6 +70,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     output = output_file(args.output)
+    if args.context is not None and not args.gates:
+        raise UsageError("--context is for the texts by which --gates learns shares; add that, or leave it out")
+    if args.gates and output.suffix == ".pt":
+        raise UsageError("a .pt file has no place for gates and shares; leave --gates out, or name another file")
     if args.report:
         _check_report(args.report)
     try:
@@ -79,6 +94,8 @@ def run(args: Namespace) -> int:
                 text_field=args.text_field,
                 batch_size=args.batch_size,
                 layer_by_layer=args.layer_by_layer,
+                gates=args.gates,
+                context=args.context,
             )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_interrupted(output)) from None

@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from keysieve.compiler.cli.arguments import add_quiet, given, output_file, positive, positive_list, progress_of
+from keysieve.compiler.cli.arguments import (
+    ENGINE,
+    add_engine_options,
+    add_quiet,
+    given,
+    output_file,
+    positive,
+    positive_list,
+    progress_of,
+)
 from keysieve.compiler.cli.terminal import quiet_transformers, show, show_json, table
 from keysieve.errors import KeySieveError
 
@@ -34,7 +43,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--max-tokens", metavar="N", type=positive, help="tokens to read of each text (default 2048)")
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="write the report there too, as JSON")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--threads", metavar="N", type=positive, help="CPU threads (default: all it may use)")
+    add_engine_options(parser)
     add_quiet(parser)
 
 
@@ -44,7 +53,7 @@ def run(args: Namespace) -> int:
     from keysieve.compiler.compare import compare
 
     quiet_transformers()
-    more = given(args, "max_tokens", "threads")
+    more = given(args, "max_tokens", *ENGINE)
     report = compare(args.bundle, args.text, args.budgets, progress=progress_of(args), **more)
     # Printed first: a disk that cannot take the file must not cost the result.
     if args.json:

@@ -11,6 +11,8 @@ from keysieve.compiler.cli.terminal import UsageError, human_bytes, quiet_transf
 from keysieve.compiler.config import (
     CENTRES,
     DTYPES,
+    HEADS,
+    ON_TENSORRT,
     POLICIES,
     PROMPTS,
     TARGETS,
@@ -69,8 +71,20 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--scope", choices=SCOPES, help=f"what shares one choice of rows (default {EvictionConfig.scope})"
     )
     kept.add_argument("--prompt", choices=PROMPTS, help=f"pinned: never evicted (default {EvictionConfig.prompt})")
+    kept.add_argument(
+        "--heads",
+        choices=HEADS,
+        help="classes: each KV head gets rows by its share in the statistics, the budget on average (default "
+        f"{EvictionConfig.heads})",
+    )
+    kept.add_argument(
+        "--head-classes",
+        metavar="N",
+        type=positive,
+        help=f"how many budgets there are for heads, at most (default {EvictionConfig.head_classes})",
+    )
+    kept.add_argument("--stats", metavar="FILE", type=Path, help="statistics of `keysieve calibrate`")
     score = parser.add_argument_group("policy triattention")
-    score.add_argument("--stats", metavar="FILE", type=Path, help="statistics of `keysieve calibrate`")
     score.add_argument(
         "--centres",
         choices=CENTRES,
@@ -100,7 +114,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     engine.add_argument(
         "--target",
         choices=TARGETS,
-        help=f"what the bundle is for, besides ONNX Runtime, which runs all of them (default {CompileConfig.target})",
+        help="torch: a GPU or a CPU, with Triton's kernels; tensorrt: ONNX Runtime and TensorRT "
+        f"(default {CompileConfig.target})",
     )
     engine.add_argument(
         "--max-batch", dest="batch", metavar="N", type=positive, help=f"sequences (default {TensorRTConfig.batch})"
@@ -137,13 +152,15 @@ def compile_config(args: Namespace) -> CompileConfig:
     """The config objects behind the options. Raises ConfigError for options that do not go together."""
     policy = given(args, *TRIATTENTION)
     name = args.policy or PolicyConfig.name
+    if args.head_classes is not None and args.heads != "classes":
+        raise UsageError("--head-classes says how many classes --heads classes makes; add that, or leave it out")
     foreign = [option for keyword, option in TRIATTENTION.items() if keyword in policy]
     if foreign and name != "triattention":
         raise UsageError(f"policy {name} does not use {', '.join(foreign)}; leave it out, or use triattention")
-    kept = given(args, "budget", "interval", "sinks", "recent", "scope", "prompt")
+    kept = given(args, "budget", "interval", "sinks", "recent", "scope", "prompt", "heads", "head_classes")
     made = given(args, "dtype", "weights", "kv_dtype", "stats", "inline", "dump_graphs", "target")
     engine = given(args, *TENSORRT)
-    if engine and made.get("target", CompileConfig.target) == CompileConfig.target:
+    if engine and made.get("target", CompileConfig.target) not in ON_TENSORRT:
         foreign = [TENSORRT[keyword] for keyword in engine]
         raise UsageError(f"{', '.join(foreign)} is for TensorRT targets; add --target tensorrt-rtx or tensorrt")
     if engine:

@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from keysieve.compiler.cli.arguments import given, natural, positive, prompt_text
+from keysieve.compiler.cli.arguments import ENGINE, add_engine_options, given, natural, positive, prompt_text
 from keysieve.compiler.cli.terminal import human_bytes, quiet_transformers, show, show_json, table, usage_errors
 from keysieve.errors import EngineError
 
@@ -36,11 +36,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     memory = parser.add_argument_group("memory and speed")
     memory.add_argument("--budget", metavar="N", type=positive, help="rows kept (default: the bundle's)")
     memory.add_argument("--capacity", metavar="N", type=positive, help="rows allocated (default: what is needed)")
-    memory.add_argument("--chunk", metavar="N", type=positive, help="prompt tokens a step (default: the interval)")
-    memory.add_argument("--threads", metavar="N", type=positive, help="CPU threads (default: all it may use)")
     memory.add_argument(
-        "--device", choices=("cpu", "cuda"), help="cuda: the bundle's TensorRT plan (default cpu: ONNX Runtime)"
+        "--chunk",
+        metavar="N",
+        type=positive,
+        help="prompt tokens a step (default: the interval; on a GPU with torch 512 of all sequences)",
     )
+    add_engine_options(memory)
     memory.add_argument(
         "--ignore-position-limit", action="store_true", help="go past the longest text the model was made for"
     )
@@ -58,7 +60,7 @@ def run(args: Namespace) -> int:
     from keysieve.compiler.engine import load
 
     quiet_transformers()
-    engine = load(args.bundle, args.threads, **given(args, "device"))
+    engine = load(args.bundle, **given(args, *ENGINE))
     options = {
         "chat": not args.raw and bool(getattr(engine.tokenizer, "chat_template", None)),
         "ignore_position_limit": args.ignore_position_limit,

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from keysieve.compiler.statistics_report import StatisticsReport
 
 HEAD = ("layer", "rope", "R", "drift", "dead bands")
+WIDEST = 8  # heads that are named
 
 
 def is_file(source: str) -> bool:
@@ -48,9 +49,30 @@ def _text(report: "StatisticsReport") -> str:
         ("R", f"{shown(report.resultant)}, the mean resultant length, weighted by amplitude"),
         ("drift", f"{shown(report.drift)} between halves of {halves} tokens" if halves else "unknown"),
     ]
-    rows = [
-        (str(fit.layer), fit.rope, shown(fit.resultant), shown(fit.drift), str(fit.dead or "-"))
-        for fit in report.layers
-    ]
-    head = f"{report.architecture}: statistics of {len(report.layers)} layers"
-    return "\n".join([head, table(facts), "", table([HEAD, *rows], right=(0, 2, 3, 4))])
+    if report.gate is not None:
+        facts.append(("gates", f"r {shown(report.gate)} with what contexts held out paid to their keys, mean"))
+    for index, budget in enumerate(report.share_budgets):
+        facts.append((f"shares at {budget:,}", _shares(report, index)))
+    middle = (len(report.share_budgets) - 1) // 2
+    head = [*HEAD]
+    if report.gate is not None:
+        head.append("gate r")
+    if report.share_budgets:
+        head.append(f"shares at {report.share_budgets[middle]:,}")
+    rows = []
+    for fit in report.layers:
+        row = [str(fit.layer), fit.rope, shown(fit.resultant), shown(fit.drift), str(fit.dead or "-")]
+        if report.gate is not None:
+            row.append(shown(fit.gate))
+        if report.share_budgets:
+            row.append(" ".join(f"{share:.2f}" for share in fit.shares[middle]) if fit.shares else "-")
+        rows.append(tuple(row))
+    first = f"{report.architecture}: statistics of {len(report.layers)} layers"
+    return "\n".join([first, table(facts), "", table([tuple(head), *rows], right=(0, 2, 3, 4, 5))])
+
+
+def _shares(report: "StatisticsReport", index: int) -> str:
+    """ "0.64 to 3.40, texts of 4,096 tokens; widest 3.1 (3.40), 8.0 (2.90)": layer.head, and its share."""
+    heads = report.widest(sum(len(fit.shares[index]) for fit in report.layers if fit.shares), index)
+    named = ", ".join(f"{layer}.{head} ({share:.2f})" for layer, head, share in heads[:WIDEST])
+    return f"{heads[-1][2]:.2f} to {heads[0][2]:.2f}, texts of {report.share_context:,} tokens; widest {named}"

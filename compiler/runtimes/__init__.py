@@ -1,8 +1,14 @@
 """What runs a compiled graph: one runtime a file. A session talks to all of them in the same way."""
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from keysieve.compiler.decoding import Tokens
+    from keysieve.compiler.sampling import Sampling
+    from keysieve.compiler.session import Counters
 
 
 class Buffer(Protocol):
@@ -42,11 +48,44 @@ class Binding(Protocol):
         """Let go of every buffer."""
 
 
+class Session(Protocol):
+    """The state of one batch of sequences, and the step that advances it."""
+
+    batch: int
+    capacity: int
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Rows held [B] once the pending plan is executed; of the first window where no layer evicts."""
+
+    @property
+    def counters(self) -> "Counters":
+        """A snapshot of the counters; planned evictions count as done."""
+
+    def step(self, input_ids: np.ndarray, count: np.ndarray, logits_at: np.ndarray, next_tokens: int = 1) -> np.ndarray:
+        """Feed up to S tokens a sequence and return logits [B,N,V] float32, overwritten by the next step with that N.
+
+        input_ids [B,S] int64, right-padded; count [B]: valid tokens of each; logits_at [B,N] int64: token indices whose
+        logits are wanted; next_tokens: S of the step after this one, for which room is made.
+        """
+
+    def decode(
+        self, prompts: Sequence[Sequence[int]], chunk: int, sampling: "Sampling", stops: set[int], most: int
+    ) -> "Tokens":
+        """Read the prompts and draw at most `most` tokens a sequence; see keysieve.compiler.decoding.decode."""
+
+    def close(self) -> None:
+        """Release the buffers."""
+
+
 class Runtime(Protocol):
     """A loaded graph."""
+
+    def chunk(self, batch: int) -> int | None:
+        """Prompt tokens a step for so many sequences where the caller names none; None: the interval."""
 
     def check(self, batch: int, capacity: int, chunk: int) -> None:
         """Raise EngineError unless the graph can serve as many sequences, rows a cache, and tokens a step."""
 
-    def binding(self) -> Binding:
-        """A new binding."""
+    def session(self, manifest: dict[str, Any], batch: int, capacity: int, *options: Any) -> Session:
+        """A new session; options as those of keysieve.compiler.session.Session."""

@@ -9,11 +9,13 @@ import logging
 import os
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
 from keysieve.compiler.bundle import Bundle
+from keysieve.compiler.session import Session
 from keysieve.errors import BundleError, EngineError
 from keysieve.plugins.onnxruntime.build import find_library
 
@@ -111,6 +113,12 @@ class OnnxRuntime:
 
     def check(self, batch: int, capacity: int, chunk: int) -> None:
         """Every size is fine."""
+
+    def chunk(self, batch: int) -> None:
+        return None
+
+    def session(self, *sizes: Any) -> Session:
+        return Session(self.binding(), *sizes)
 
     def binding(self) -> OnnxBinding:
         return OnnxBinding(self._session)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from keysieve.compiler.bundle import Bundle
+from keysieve.compiler.session import Session
 from keysieve.errors import EngineError
 
 DECODE, PREFILL = 0, 1  # the profiles, in the order of keysieve.export.tensorrt.Limits
@@ -112,7 +113,8 @@ class PlanRuntime:
         entry = bundle.manifest.get("tensorrt")
         if not entry or not entry["plans"]:
             raise EngineError(
-                f"{bundle.path} holds no TensorRT plan; compile with --target tensorrt-rtx, or run it with device cpu"
+                f"{bundle.path} holds no TensorRT plan; compile with --target torch or tensorrt-rtx, or run it with "
+                "device cpu"
             )
         trt = trt or _import(bundle.manifest["target"])
         self._limits, self._device = entry["limits"], device
@@ -131,6 +133,12 @@ class PlanRuntime:
                     f"{name} {wanted} is beyond the {self._limits[name]} that the plan was built for; ask for less, or "
                     f"compile with a larger --max-{name}"
                 )
+
+    def chunk(self, batch: int) -> None:
+        return None
+
+    def session(self, *sizes: Any) -> Session:
+        return Session(self.binding(), *sizes)
 
     def binding(self) -> PlanBinding:
         return PlanBinding(self.engine, self._device)

@@ -44,3 +44,27 @@ def attend(
         logits = torch.cat([logits, column], -1)
     weights = logits.softmax(-1)[..., : key.shape[2]]
     return weights.to(value.dtype) @ value
+
+
+def attend_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor | None,
+    last: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """`attend` where token s of sequence b sees the rows first[b,s] <= n <= last[b,s].
+
+    first and last [B,S] are integers (first None: from row 0 on). A token that sees no row gives zeros. Returns
+    [B,Hq,S,Dv] that lies in memory as [B,S,Hq,Dv], as the output projection reads it.
+    """
+    rows = torch.arange(key.shape[2], device=key.device)
+    seen = rows <= last[..., None]
+    if first is not None:
+        seen = seen & (rows >= first[..., None])
+    read = attend(query, key, value, seen[:, None], scale, softcap, sinks)
+    read = read.masked_fill(~seen.any(-1)[:, None, :, None], 0.0)
+    return read.transpose(1, 2).contiguous().transpose(1, 2)

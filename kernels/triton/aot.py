@@ -23,20 +23,22 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 PORTABLE = 80  # its PTX is compiled by the driver for a GPU of which there is no machine code
 # The lowest PTX version of an architecture is the one that the oldest drivers accept.
 PTX_VERSIONS = {80: 80, 86: 80, 89: 80, 90: 80, 100: 86, 120: 87}
-MAX_REGISTERS = 128  # per thread
-FORMAT = 1  # of the cached files; raised with the fields of Artifact
+KINDS = {"i32": "int32", "fp32": "float32"}  # of parameters; all others are pointers
+PTX_KINDS = {"u32": "int32", "f32": "float32", "u64": "pointer"}
+FORMAT = 2  # of the cached files; raised with the fields of Artifact
 
 
 @dataclass(frozen=True)
 class Artifact:
     """One kernel for one architecture, and what a launch needs.
 
-    `parameters` are (name, type) in order, type "pointer" or "int32"; the last two are Triton's scratch pointers,
-    which are null. `constants` holds the kernel's constants as text. The grid is (ceil(C / grid_rows) or grid_x,
-    grid_y, grid_z * B), with C the capacity and B the batch; a block has 32 * num_warps threads.
+    `parameters` are (name, type) in order, type "pointer", "int32" or "float32"; the last two are Triton's scratch
+    pointers, which are null. `constants` holds the kernel's constants as text. The grid has
+    min(grid_most, grid_cells * B * ceil(C / grid_rows)) blocks of 32 * num_warps threads, with C the capacity, B the
+    batch, and no rows to divide by where grid_rows is 0.
     """
 
-    name: str  # score, select_stats, select_plan or update
+    name: str  # score, select_stats, select_plan or update; attend, which no library holds
     arch: int  # 80, 86, ...: compute capability times ten
     entry: str  # symbol of the kernel
     ptx: str
@@ -45,10 +47,9 @@ class Artifact:
     constants: dict[str, str]
     num_warps: int
     shared: int  # bytes of dynamic shared memory that a launch must give
+    grid_cells: int
     grid_rows: int
-    grid_x: int
-    grid_y: int
-    grid_z: int
+    grid_most: int
     registers: int  # per thread
     stack: int  # bytes per thread
     spills: int  # bytes stored and loaded per thread
@@ -62,7 +63,7 @@ class Artifact:
 def build(
     model: KernelConfiguration, architectures: Sequence[int] = ARCHITECTURES, cache: Path | None = None
 ) -> list[Artifact]:
-    """score, select_stats, select_plan and update of `model` for each architecture, in that order.
+    """score, select_stats (where the scope needs it), select_plan and update of `model` for each architecture.
 
     `cache` is the folder of finished artefacts, by default `keysieve/kernels` in the user's cache folder.
     Raises ConfigError for an unknown architecture, or if Triton is missing or set to its interpreter.
@@ -74,8 +75,7 @@ def build(
     check_triton()
     from keysieve.kernels.triton.variants import variants
 
-    folder = cache if cache is not None else default_cache("kernels")
-    return [_cached(variant, arch, folder) for arch in architectures for variant in variants(model).values()]
+    return [build_variant(variant, arch, cache) for arch in architectures for variant in variants(model).values()]
 
 
 def default_cache(name: str) -> Path:
@@ -113,7 +113,9 @@ def check_triton() -> None:
         raise ConfigError("Triton is set to its interpreter; unset TRITON_INTERPRET to build the GPU kernels")
 
 
-def _cached(variant: Any, arch: int, folder: Path) -> Artifact:
+def build_variant(variant: Any, arch: int, cache: Path | None = None) -> Artifact:
+    """One kernel for one architecture, from the cache if it is there; see `build`."""
+    folder = cache if cache is not None else default_cache("kernels")
     path = folder / f"{variant.name}-sm{arch}-{_key(variant, arch)}.json"
     if path.is_file():
         return _read(path)
@@ -174,12 +176,12 @@ def _compile(variant: Any, arch: int) -> Artifact:
         )
     cubin, usage = _assemble(ptx)
     if usage["spills"]:
-        ptx = _with_register_limit(ptx, 32 * variant.num_warps)
+        ptx = _with_register_limit(ptx, 32 * variant.num_warps, variant.max_registers)
         cubin, usage = _assemble(ptx)
     scratch_parameters = [(name, "pointer") for name in ("global_scratch", "profile_scratch")]
-    declared = [(name, "pointer" if kind.startswith("*") else "int32") for name, kind in variant.parameters]
+    declared = [(name, KINDS.get(kind, "pointer")) for name, kind in variant.parameters]
     parameters = tuple(declared + scratch_parameters)
-    found = tuple("pointer" if size == "u64" else "int32" for size in re.findall(r"\.param \.(u32|u64)", ptx))
+    found = tuple(PTX_KINDS[size] for size in re.findall(r"\.param \.(u32|u64|f32)", ptx))
     if found != tuple(kind for _, kind in parameters):
         raise ConfigError(f"kernel {variant.name}: Triton {triton.__version__} gave it other parameters: {found}")
     return Artifact(
@@ -192,20 +194,19 @@ def _compile(variant: Any, arch: int) -> Artifact:
         constants={name: str(value) for name, value in variant.constants.items()},
         num_warps=variant.num_warps,
         shared=compiled.metadata.shared,
+        grid_cells=variant.grid.cells,
         grid_rows=variant.grid.rows,
-        grid_x=variant.grid.x,
-        grid_y=variant.grid.y,
-        grid_z=variant.grid.z,
+        grid_most=variant.grid.most,
         **usage,
     )
 
 
-def _with_register_limit(ptx: str, threads: int) -> str:
-    """The PTX with as many blocks per SM asked for as leave MAX_REGISTERS to every thread.
+def _with_register_limit(ptx: str, threads: int, registers: int) -> str:
+    """The PTX with as many blocks per SM asked for as leave `registers` to every thread.
 
     Without a number ptxas picks one itself, and may spill a register or two to reach it.
     """
-    blocks = 65536 // (MAX_REGISTERS * threads)
+    blocks = 65536 // (registers * threads)
     return re.sub(r"^(\.reqntid .*)$", rf"\1\n.minnctapersm {blocks}", ptx, count=1, flags=re.MULTILINE)
 
 

@@ -11,6 +11,9 @@ POLICIES = ("trig", "key_norm", "streaming", "random")
 MAX_HEAD_DIM = 256
 MAX_GROUP = 16
 MAX_CAPACITY = 65536
+MAX_REGISTERS = 128  # of a thread
+# Products of matrices need more, and the attention runs one or two blocks a processor anyway.
+ATTEND_REGISTERS = 255
 
 
 @dataclass(frozen=True)
@@ -40,23 +43,9 @@ class KernelConfiguration:
             _check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("sinks", "recent"):
             _check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must not be negative")
-        for name in ("head_dim", "value_dim"):
-            size = getattr(self, name)
-            _check(
-                0 < size <= MAX_HEAD_DIM and size % 8 == 0,
-                f"{name} is {size}; the GPU kernels take multiples of 8 up to {MAX_HEAD_DIM}",
-            )
-        _check(
-            0 <= self.rotary_dim <= self.head_dim and self.rotary_dim % 2 == 0,
-            f"rotary_dim is {self.rotary_dim}; it must be even and at most head_dim ({self.head_dim})",
-        )
-        _check(
-            self.query_heads % self.kv_heads == 0 and self.group <= MAX_GROUP,
-            f"{self.query_heads} query heads on {self.kv_heads} KV heads: the GPU kernels take 1 to {MAX_GROUP} "
-            "query heads for every KV head",
-        )
-        for name, known in (("dtype", DTYPES), ("policy", POLICIES), ("scope", SCOPES)):
-            _check(getattr(self, name) in known, f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
+        check_dims(self.dtype, head_dim=self.head_dim, value_dim=self.value_dim)
+        check_scoring(self.query_heads, self.kv_heads, self.head_dim, self.rotary_dim, self.policy)
+        check_scope(self.scope)
 
     @classmethod
     def of_nodes(
@@ -88,6 +77,45 @@ class KernelConfiguration:
     def plan_heads(self) -> int:
         """Hp: 1 if all heads share a plan."""
         return 1 if self.scope == "union" else self.kv_heads
+
+
+def check_dims(dtype: str, **dims: int) -> None:
+    """Raise ConfigError unless the kernels can read rows of these widths and this dtype."""
+    _check(dtype in DTYPES, f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    for name, size in dims.items():
+        _check(
+            0 < size <= MAX_HEAD_DIM and size % 8 == 0,
+            f"{name} is {size}; the GPU kernels take multiples of 8 up to {MAX_HEAD_DIM}",
+        )
+
+
+def check_scoring(query_heads: int, kv_heads: int, head_dim: int, rotary_dim: int, policy: str) -> None:
+    """Raise ConfigError unless the score kernel can be built for these."""
+    _check(
+        0 <= rotary_dim <= head_dim and rotary_dim % 2 == 0,
+        f"rotary_dim is {rotary_dim}; it must be even and at most head_dim ({head_dim})",
+    )
+    check_heads(query_heads, kv_heads)
+    _check(policy in POLICIES, f"policy is {policy!r}; choose one of {', '.join(POLICIES)}")
+
+
+def check_heads(query_heads: int, kv_heads: int, most: int = MAX_GROUP) -> None:
+    """Raise ConfigError unless every KV head has equally many query heads, 1 to `most`."""
+    _check(
+        query_heads % kv_heads == 0 and 1 <= query_heads // kv_heads <= most,
+        f"{query_heads} query heads on {kv_heads} KV heads: the GPU kernels take 1 to {most} "
+        "query heads for every KV head",
+    )
+
+
+def check_scope(scope: str) -> None:
+    """Raise ConfigError for a scope that there is not."""
+    _check(scope in SCOPES, f"scope is {scope!r}; choose one of {', '.join(SCOPES)}")
+
+
+def needs_stats(scope: str) -> bool:
+    """Whether a plan of this scope has heads of several KV heads, whose statistics are then a launch of their own."""
+    return scope != "per_layer_per_head"
 
 
 def _check(holds: bool, message: str) -> None:

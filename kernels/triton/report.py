@@ -7,9 +7,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from keysieve.kernels.triton.aot import ARCHITECTURES, MAX_REGISTERS, PORTABLE, Artifact, build
-from keysieve.kernels.triton.configuration import KernelConfiguration
-from keysieve.kernels.triton.traffic import Round, minimum, traffic
+from keysieve.kernels.triton import attend_variant
+from keysieve.kernels.triton.aot import ARCHITECTURES, PORTABLE, Artifact, build, build_variant
+from keysieve.kernels.triton.configuration import ATTEND_REGISTERS, MAX_REGISTERS, KernelConfiguration
+from keysieve.kernels.triton.traffic import Round, attention, held, minimum, traffic
 
 MODELS = {
     "36 layers, 32 query and 8 KV heads, D 128, bfloat16": KernelConfiguration(
@@ -20,6 +21,9 @@ MODELS = {
     ),
 }
 MAX_SHARED = 48 * 1024  # bytes; more would need an attribute set before the launch
+# The attention is launched by Triton, which sets that attribute. It keeps tiles of keys and values on their way in
+# shared memory, as much as a block may have on the GPUs of 8.6, 8.9 and 12.0.
+ATTEND_SHARED = 99 * 1024
 # Warps, blocks and KB of shared memory of an SM (CUDA programming guide, table of compute capabilities).
 SM = {
     80: (64, 32, 164),
@@ -29,6 +33,8 @@ SM = {
     100: (64, 32, 228),
     120: (48, 24, 100),
 }
+PROCESSORS = 132  # of an H100, for which the attention's tables are
+ATTEND_ARCHITECTURES = (80, 90)
 REGISTERS = 65536  # of an SM, given to warps in units of 256
 BANDWIDTH = 3.35e12  # bytes per second: the memory of an H100 SXM as its data sheet has it
 PARAMETERS = 8.2e9  # of the model of the traffic tables, such as Qwen3-8B
@@ -38,11 +44,12 @@ ROUND = Round(rows=2176, budget=2048, moved=2044, capacity=2304)
 
 def limits_broken(artifact: Artifact) -> list[str]:
     """What a kernel uses that it must not."""
+    attends = artifact.name == "attend"
     broken = {
         f"{artifact.stack} bytes of stack": artifact.stack > 0,
         f"{artifact.spills} bytes of spills": artifact.spills > 0,
-        f"{artifact.registers} registers": artifact.registers > MAX_REGISTERS,
-        f"{artifact.shared} bytes of shared memory": artifact.shared > MAX_SHARED,
+        f"{artifact.registers} registers": artifact.registers > (ATTEND_REGISTERS if attends else MAX_REGISTERS),
+        f"{artifact.shared} bytes of shared memory": artifact.shared > (ATTEND_SHARED if attends else MAX_SHARED),
     }
     return [f"{artifact.name} for sm_{artifact.arch} uses {what}" for what, holds in broken.items() if holds]
 
@@ -60,7 +67,7 @@ def occupancy(artifact: Artifact) -> float:
     return fitting * artifact.num_warps / warps
 
 
-def resources(model: KernelConfiguration, cache: Path | None = None) -> str:
+def resources(artifacts: Iterable[Artifact]) -> str:
     """The table of registers, stack, spills, shared memory, occupancy, PTX version and code size."""
     header = ("kernel", "sm", "registers", "stack", "spills", "shared", "threads", "occupancy", "PTX", "cubin")
     rows = [
@@ -76,7 +83,7 @@ def resources(model: KernelConfiguration, cache: Path | None = None) -> str:
             artifact.ptx_version + (f", {len(artifact.ptx)} B" if artifact.arch == PORTABLE else ""),
             f"{len(artifact.cubin)} B",
         )
-        for artifact in sorted(build(model, ARCHITECTURES, cache), key=lambda artifact: artifact.name)
+        for artifact in sorted(artifacts, key=lambda artifact: artifact.name)
     ]
     return _table(header, rows)
 
@@ -110,17 +117,61 @@ def round_bytes(model: KernelConfiguration, work: Round = ROUND) -> str:
         f"{work.rows - work.budget} steps adds {1e6 * per_step:.2f} us of traffic to each, "
         f"{100 * per_step / step:.2f} % of the step.",
         f"* Launches of an idle step: {model.layers} appends (one update per layer, which every step needs), and one "
-        "each of score, select_stats and select_plan, whose programs leave at the due flag. A step that evicts has "
-        "the same launches.",
+        f"each of {' and '.join(one.name for one in kernels[:-1])}, whose programs leave at once where nothing is "
+        "due. A step that evicts has the same launches.",
     ]
     return "\n".join(text)
+
+
+def attention_bytes(model: KernelConfiguration) -> str:
+    """The table of bytes that the attention of one layer moves while decoding, and of its programs."""
+    header = (
+        "sequences",
+        "rows",
+        "programs",
+        "of them share",
+        "MB of keys and values",
+        "MB read",
+        "MB written",
+        "read",
+    )
+    rows = []
+    for batch, count in ((1, 2176), (8, 2176), (32, 2176), (1, 32768), (8, 32768)):
+        capacity = count + 128
+        sizes = (model.query_heads, model.kv_heads, model.head_dim, model.value_dim, model.dtype)
+        work = attend_variant.attend(batch, 1, capacity, *sizes, PROCESSORS)
+        moved, least = attention(model, batch, count, capacity, PROCESSORS), held(model, batch, count)
+        programs = work.variant.grid.of(batch, capacity)[0]
+        times = f"{moved.read / least:.3f} times"
+        bytes_ = map(_mega, (least, moved.read, moved.written))
+        rows.append((batch, count, programs, attend_variant.shares(work, count), *bytes_, times))
+    return _table(header, rows)
+
+
+def attention_resources(model: KernelConfiguration, cache: Path | None = None) -> str:
+    """`resources` of the attention: of one token and of 512, by one program and by several."""
+    sizes = (model.query_heads, model.kv_heads, model.head_dim, model.value_dim, model.dtype)
+    lines = []
+    for title, batch, tokens in (
+        ("one token of 8 sequences, 4 programs for a tile of queries", 8, 1),
+        ("one token of 32 sequences", 32, 1),
+        ("64 tokens, 5 programs for a tile of queries", 1, 64),
+        ("512 tokens", 1, 512),
+    ):
+        work = attend_variant.attend(batch, tokens, 2304, *sizes, PROCESSORS)
+        built = [build_variant(work.variant, arch, cache) for arch in ATTEND_ARCHITECTURES]
+        lines.append(f"{title}:\n\n{resources(built)}")
+    return "\n\n".join(lines)
 
 
 def sections(cache: Path | None = None) -> dict[str, str]:
     """The generated sections of the document, by the name in their markers."""
     found = {"round": round_bytes(next(iter(MODELS.values())))}
     for number, (title, model) in enumerate(MODELS.items(), 1):
-        found[f"resources {number}"] = f"{title}:\n\n{resources(model, cache)}"
+        found[f"resources {number}"] = f"{title}:\n\n{resources(build(model, ARCHITECTURES, cache))}"
+    model = next(iter(MODELS.values()))
+    found["attention"] = attention_bytes(model)
+    found["resources attention"] = attention_resources(model, cache)
     return found
 
 

@@ -10,6 +10,8 @@ once, whatever the number of query heads and offsets, and multiplies and sums in
 import triton
 import triton.language as tl
 
+from keysieve.kernels.triton.due import any_due, rounds
+
 
 @triton.jit
 def _row_tile(cache, row, inside, width: tl.constexpr, padded: tl.constexpr, stride: tl.constexpr):
@@ -30,6 +32,23 @@ def _rotary_pairs(cache, row, inside, rotary_dim: tl.constexpr, interleaved: tl.
         real = _row_tile(cache, row, inside, rotary_dim // 2, bands, stride)
         imaginary = _row_tile(cache + rotary_dim // 2, row, inside, rotary_dim // 2, bands, stride)
         return real, imaginary
+
+
+@triton.jit
+def _ask_for(cache, first, held, width: tl.constexpr, rows: tl.constexpr):
+    """Have the L2 cache fetch `rows` rows from `first`, as far as they are held. Nothing waits for them."""
+    step: tl.constexpr = 1024 // cache.dtype.element_ty.primitive_bitwidth  # numbers in a line of 128 bytes
+    line = first * width + tl.arange(0, triton.next_power_of_2((rows * width + step - 1) // step)) * step
+    pointer = cache + tl.minimum(line, held * width - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointer], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _cache_of(keys, layer, cell, capacity, width: tl.constexpr, dtype: tl.constexpr):
+    """Where the rows of KV head and sequence `cell` of a layer begin."""
+    return tl.multiple_of(tl.load(keys + layer).to(tl.pointer_type(dtype)), 16) + cell.to(tl.int64) * capacity * width
 
 
 @triton.jit
@@ -60,6 +79,7 @@ def score_kernel(
     scores,  # float32 [L, B, Hq, C], written for the rows held of sequences that are due
     batch,
     capacity,
+    LAYERS: tl.constexpr,
     QUERY_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     OFFSETS: tl.constexpr,
@@ -70,16 +90,44 @@ def score_kernel(
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
-    """Grid (ceil(C / BLOCK), Hkv, L * B)."""
-    first = tl.program_id(0) * BLOCK
-    kv_head = tl.program_id(1)
-    cell = tl.program_id(2)  # layer * B + sequence
-    layer, sequence = cell // batch, cell % batch
-    held = tl.load(length + sequence)
-    if (held < tl.load(limit + sequence)) | (first >= held):
+    """Grid (any number of programs): they share the parts, BLOCK rows of a KV head of a layer, of what is due."""
+    if not any_due(length, limit, batch):
         return
+    part = tl.program_id(0)
+    for sequence in range(batch):
+        held = tl.load(length + sequence)
+        if held >= tl.load(limit + sequence):
+            blocks = tl.cdiv(held, BLOCK)
+            parts = LAYERS * KV_HEADS * blocks
+            mine = rounds(part, parts)
+            for turn in range(mine):
+                one = part + turn * tl.num_programs(0)
+                layer, kv_head = one // blocks // KV_HEADS, one // blocks % KV_HEADS
+                cache = _cache_of(keys, layer, sequence * KV_HEADS + kv_head, capacity, HEAD_DIM, DTYPE)
+                if PREFETCH:
+                    # The first rows of the part that comes next; those behind them are asked for tile by tile.
+                    later = tl.minimum(one + tl.num_programs(0), parts - 1)
+                    cell = sequence * KV_HEADS + later // blocks % KV_HEADS
+                    next_cache = _cache_of(keys, later // blocks // KV_HEADS, cell, capacity, HEAD_DIM, DTYPE)
+                    _ask_for(next_cache, later % blocks * BLOCK, held, HEAD_DIM, TILE)
+                _score_rows(
+                    cache, centre, weight, position, scores, batch, capacity, sequence, held, layer, kv_head,
+                    one % blocks * BLOCK, QUERY_HEADS, KV_HEADS, OFFSETS, HEAD_DIM, ROTARY_DIM, INTERLEAVED, POLICY,
+                    BLOCK, TILE, PREFETCH,
+                )  # fmt: skip
+            part += mine * tl.num_programs(0) - parts
 
+
+@triton.jit
+def _score_rows(
+    cache, centre, weight, position, scores, batch, capacity, sequence, held, layer, kv_head, first,
+    QUERY_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, OFFSETS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr, POLICY: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, PREFETCH: tl.constexpr,
+):  # fmt: skip
+    """BLOCK rows from `first` of `cache`, which is of one KV head of one sequence of one layer."""
     group: tl.constexpr = QUERY_HEADS // KV_HEADS
     bands: tl.constexpr = ROTARY_DIM // 2
     bands_padded: tl.constexpr = triton.next_power_of_2(bands)
@@ -88,12 +136,13 @@ def score_kernel(
     # A head's second half of a pair is `turn` floats behind its first, and its bands are `step` floats apart.
     turn: tl.constexpr = 1 if INTERLEAVED else bands
     step: tl.constexpr = 2 if INTERLEAVED else 1
-
-    cache = tl.multiple_of(tl.load(keys + layer).to(tl.pointer_type(DTYPE)), 16)
-    cache += (sequence * KV_HEADS + kv_head).to(tl.int64) * capacity * HEAD_DIM
-    first_head = cell.to(tl.int64) * QUERY_HEADS + kv_head * group
+    at_once: tl.constexpr = 4 if group % 4 == 0 else 3 if group % 3 == 0 else 2 if group % 2 == 0 else 1
+    unrolled: tl.constexpr = at_once if OFFSETS == 1 else 1
+    first_head = (layer * batch + sequence).to(tl.int64) * QUERY_HEADS + kv_head * group
 
     for start in range(first, tl.minimum(first + BLOCK, held), TILE):
+        if PREFETCH:
+            _ask_for(cache, start + TILE, held, HEAD_DIM, TILE)
         row = start + tl.arange(0, TILE)
         inside = row < held
         if POLICY == "trig":
@@ -102,7 +151,7 @@ def score_kernel(
                 magnitude = tl.sqrt(real * real + imaginary * imaginary)
             if rest > 0:
                 unrotated = _row_tile(cache + ROTARY_DIM, row, inside, rest, rest_padded, HEAD_DIM)
-            for head in tl.range(group, loop_unroll_factor=1):
+            for head in tl.range(group, loop_unroll_factor=unrolled):
                 query = centre + (first_head + head) * (OFFSETS * HEAD_DIM)
                 best = tl.full((TILE,), float("-inf"), tl.float32)
                 for _ in tl.range(OFFSETS, loop_unroll_factor=1):
@@ -129,7 +178,7 @@ def score_kernel(
                 value = -tl.sqrt_rn(tl.sum(key * key, axis=1))
             if POLICY == "streaming":
                 value = row.to(tl.float32)
-            for head in tl.range(group, loop_unroll_factor=1):
+            for head in tl.range(group, loop_unroll_factor=unrolled):
                 if POLICY == "random":
                     value = _hash(tl.load(position + sequence), row, kv_head * group + head, layer)
                 tl.store(scores + (first_head + head) * capacity + row, value, mask=inside)

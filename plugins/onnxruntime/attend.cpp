@@ -38,6 +38,16 @@ void block(AttendShape const& shape, std::vector<Task>& tasks) {
 
 } // namespace
 
+std::vector<int64_t> numbers(std::string const& text) {
+    std::vector<int64_t> found;
+    for (size_t at = 0; at < text.size();) {
+        size_t const end = std::min(text.find(',', at), text.size());
+        found.push_back(std::stoll(text.substr(at, end - at)));
+        at = end + 1;
+    }
+    return found;
+}
+
 NewRows newRows(Context const& context, Shape const& key, int64_t valueDim) {
     int64_t const heads = key[2], dim = key[3];
     Tensor const keyNew = context.optional(1, "key_new", key);

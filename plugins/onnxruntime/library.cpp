@@ -23,7 +23,7 @@ template <CacheType T> std::vector<ort::CustomOp*> opsOf() {
     constexpr Port cache{elementType<T>()}, i32{ort::kInt32}, i64{ort::kInt64}, f32{ort::kFloat};
     constexpr Port optional{ort::kFloat, ort::kOptional}, keys{elementType<T>(), ort::kVariadic};
     static Op<Update<T>> update("KeySieveUpdate", "1", {cache, cache, i32, i32, i32, cache, cache}, {cache, cache});
-    static Op<Attend<T>> attend("KeySieveAttend", "1",
+    static Op<Attend<T>> attend("KeySieveAttend", "2",
                                 {f32, optional, optional, i32, i32, i32, cache, cache, optional, optional, optional},
                                 {f32, cache, cache});
     static Op<Score<T>> score("KeySieveScore", "1", {i32, i32, i64, f32, f32, keys}, {f32});

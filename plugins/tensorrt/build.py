@@ -18,7 +18,7 @@ from pathlib import Path
 
 from keysieve.errors import ExportError
 from keysieve.kernels.triton.aot import PORTABLE, Artifact, default_cache
-from keysieve.kernels.triton.configuration import KernelConfiguration
+from keysieve.kernels.triton.configuration import KernelConfiguration, needs_stats
 from keysieve.plugins.contract import NODES
 from keysieve.plugins.cxx import find_compiler, run, version_of
 from keysieve.version import __version__
@@ -29,7 +29,8 @@ PARAMETERS = {
     "score": "keys centre weight length limit position scores batch capacity",
     "select_stats": "scores length limit pinned stats batch capacity",
     "select_plan": "scores stats length limit budget pinned ranks plan keep evicted batch capacity",
-    "update": "key_new value_new length plan keep key value batch capacity tokens plan_layers layer",
+    "update": "key_new value_new length plan keep key value batch capacity tokens plan_layers layer "
+    "key_sequence key_head key_token value_sequence value_head value_token",
 }
 SCRATCH = ("global_scratch", "profile_scratch")
 FLAGS = (
@@ -72,7 +73,7 @@ def build_library(
     cache: where compiled host code is kept between calls. compiler: g++ or clang++, found on PATH if not given.
     Raises ExportError where the compiler is missing or fails, or a kernel has no image.
     """
-    _check_artifacts(artifacts)
+    _check_artifacts(artifacts, configuration.scope)
     images = _images(artifacts)
     compiler = compiler or find_compiler()
     objects = _host_objects(compiler, _include_flags(tensorrt_include), cache or default_cache("tensorrt-plugin"))
@@ -94,11 +95,12 @@ def build_library(
     return output
 
 
-def _check_artifacts(artifacts: Sequence[Artifact]) -> None:
+def _check_artifacts(artifacts: Sequence[Artifact], scope: str) -> None:
+    needed = PARAMETERS.keys() - (set() if needs_stats(scope) else {"select_stats"})
     for arch in sorted({artifact.arch for artifact in artifacts}):
-        missing = sorted(PARAMETERS.keys() - {artifact.name for artifact in artifacts if artifact.arch == arch})
+        missing = sorted(needed - {artifact.name for artifact in artifacts if artifact.arch == arch})
         if missing:
-            raise ExportError(f"no kernel {', '.join(missing)} for sm_{arch}; the plugin library needs all four")
+            raise ExportError(f"no kernel {', '.join(missing)} for sm_{arch}; the plugin library needs it")
     if not artifacts:
         raise ExportError("no kernels given; the plugin library needs them for at least one architecture")
     for artifact in artifacts:
@@ -189,7 +191,7 @@ def _generated(configuration: KernelConfiguration, images: Sequence[_Image], ali
         rows.append(
             f"    {{{text(a.name)}, {a.arch}, {text(image.portable)}, {text(image.exact)}, image_{index}, "
             f"{len(image.data)}, {text(a.entry)}, {a.num_warps}, {a.shared}, {len(a.parameters)}, "
-            f"{a.grid_rows}, {a.grid_x}, {a.grid_y}, {a.grid_z}}},\n"
+            f"{a.grid_cells}, {a.grid_rows}, {a.grid_most}}},\n"
         )
     externs = "".join(f"extern unsigned char const image_{index}[];\n" for index in range(len(images)))
     return (

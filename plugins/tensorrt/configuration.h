@@ -26,9 +26,11 @@ struct Configuration {
 
     int32_t planLayers() const; // Lp
     int32_t planHeads() const;  // Hp
+    bool needsStats() const;    // whether select begins with a launch of select_stats
 };
 
-// One kernel for one architecture. Its grid is (ceil(C / gridRows) or gridX, gridY, gridZ * B).
+// One kernel for one architecture. Its grid has min(gridMost, gridCells * B * ceil(C / gridRows)) blocks; no rows to
+// divide by where gridRows is 0.
 struct Image {
     char const* kernel;   // update, score, select_stats or select_plan
     int32_t architecture; // 80 for sm_80
@@ -40,10 +42,9 @@ struct Image {
     uint32_t warps;
     uint32_t sharedBytes;
     uint32_t parameters; // in all; those at the end that no launch gives are scratch pointers of Triton's, null here
+    uint32_t gridCells;
     uint32_t gridRows;
-    uint32_t gridX;
-    uint32_t gridY;
-    uint32_t gridZ;
+    uint32_t gridMost;
 };
 
 extern Configuration const configuration;

@@ -10,7 +10,7 @@ namespace keysieve {
 namespace {
 
 constexpr unsigned kWarp = 32;
-constexpr int64_t kGridLimits[3] = {2147483647, 65535, 65535};
+constexpr int64_t kGridLimit = 2147483647;
 
 std::mutex mutex_;
 std::map<std::pair<std::string, int>, Loaded> loaded_; // by kernel and architecture
@@ -109,32 +109,31 @@ Loaded loadKernel(char const* kernel) {
     return result;
 }
 
-std::array<unsigned, 3> gridOf(Image const& image, int64_t batch, int64_t capacity) {
+unsigned gridOf(Image const& image, int64_t batch, int64_t capacity) {
     auto const rows = static_cast<int64_t>(image.gridRows);
-    int64_t const grid[3] = {rows == 0 ? image.gridX : (capacity + rows - 1) / rows, image.gridY, image.gridZ * batch};
-    for (int axis = 0; axis < 3; ++axis) {
-        if (grid[axis] > kGridLimits[axis]) {
-            throw Error(std::string(image.kernel) + " would need " + std::to_string(grid[axis]) + " blocks along axis "
-                + std::to_string(axis) + " of its grid; CUDA allows " + std::to_string(kGridLimits[axis])
-                + ", so use a smaller batch");
-        }
+    int64_t const parts = static_cast<int64_t>(image.gridCells) * batch * (rows == 0 ? 1 : (capacity + rows - 1) / rows);
+    int64_t const blocks = std::min(parts, static_cast<int64_t>(image.gridMost));
+    // A kernel whose blocks share the parts has a bound; that of the others is all that CUDA allows.
+    if (parts > kGridLimit && blocks == kGridLimit) {
+        throw Error(std::string(image.kernel) + " would need " + std::to_string(parts) + " blocks; CUDA allows "
+            + std::to_string(kGridLimit) + ", so use a smaller batch");
     }
-    return {static_cast<unsigned>(grid[0]), static_cast<unsigned>(grid[1]), static_cast<unsigned>(grid[2])};
+    return static_cast<unsigned>(blocks);
 }
 
 void launch(Launch work, Handle stream) {
     Loaded const loaded = loadKernel(work.kernel);
     Image const& image = *loaded.image;
-    std::array<unsigned, 3> const grid = gridOf(image, work.batch, work.capacity);
-    if (std::find(grid.begin(), grid.end(), 0U) != grid.end()) {
+    unsigned const blocks = gridOf(image, work.batch, work.capacity);
+    if (blocks == 0) {
         return;
     }
     while (work.arguments.size() < image.parameters) {
         work.arguments.pointer(nullptr);
     }
     std::vector<void*> addresses = work.arguments.addresses();
-    check(driver().launch(loaded.kernel, grid[0], grid[1], grid[2], image.warps * kWarp, 1, 1, image.sharedBytes, stream,
-              addresses.data(), nullptr),
+    check(driver().launch(loaded.kernel, blocks, 1, 1, image.warps * kWarp, 1, 1, image.sharedBytes, stream, addresses.data(),
+              nullptr),
         (std::string("cuLaunchKernel of ") + work.kernel).c_str());
 }
 

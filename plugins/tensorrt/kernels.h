@@ -4,7 +4,6 @@
 #include "configuration.h"
 #include "driver.h"
 
-#include <array>
 #include <string>
 #include <vector>
 
@@ -32,8 +31,8 @@ struct Launch {
     Arguments arguments;
 };
 
-// Blocks along each axis; an axis of 0 means that there is nothing to do. Throws Error beyond CUDA's limits.
-std::array<unsigned, 3> gridOf(Image const& image, int64_t batch, int64_t capacity);
+// Blocks to launch; 0 where there is nothing to do. Throws Error beyond CUDA's limit.
+unsigned gridOf(Image const& image, int64_t batch, int64_t capacity);
 
 // The image of `kernel` for a GPU: the newest cubin of its generation that is not newer than the GPU, else PTX.
 // Throws Error that lists what there is.

@@ -65,6 +65,7 @@ size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kA
 
 int32_t Configuration::planLayers() const { return std::strcmp(scope, "per_layer_per_head") == 0 ? layers : 1; }
 int32_t Configuration::planHeads() const { return std::strcmp(scope, "union") == 0 ? 1 : kvHeads; }
+bool Configuration::needsStats() const { return std::strcmp(scope, "per_layer_per_head") != 0; }
 
 namespace update {
 
@@ -115,6 +116,10 @@ Launch launch(std::vector<Shape> const& inputs, void const* const* in, void* con
     }
     arguments.pointer(out[kKeyOut]).pointer(out[kValueOut]);
     arguments.integer(batch).integer(capacity).integer(tokens).integer(planLayers).integer(layer);
+    for (int32_t input : {kKeyNew, kValueNew}) { // the strides of [B,Hkv,S,D]: TensorRT's tensors are contiguous
+        Shape const& shape = inputs[static_cast<size_t>(input)];
+        arguments.integer(shape[1] * shape[2] * shape[3]).integer(shape[2] * shape[3]).integer(shape[3]);
+    }
     return {"update", batch, capacity, arguments};
 }
 
@@ -187,7 +192,8 @@ void check(Configuration const& built, std::vector<Shape> const& inputs, std::st
 }
 
 size_t statsBytes(Configuration const& built, int64_t batch) {
-    return aligned(static_cast<size_t>(built.layers * batch * built.queryHeads * kStatsFields) * sizeof(float));
+    int64_t const heads = built.needsStats() ? built.layers * batch * built.queryHeads : 0;
+    return aligned(static_cast<size_t>(heads * kStatsFields) * sizeof(float));
 }
 
 size_t workspaceBytes(Configuration const& built, int64_t batch, int64_t capacity) {
@@ -208,7 +214,12 @@ std::vector<Launch> launches(Configuration const& built, std::vector<Shape> cons
     second.pointer(in[kScores]).pointer(stats).pointer(in[kLength]).pointer(in[kLimit]).pointer(in[kBudget]);
     second.pointer(in[kPinned]).pointer(ranks).pointer(out[kPlan]).pointer(out[kKeep]).pointer(out[kEvicted]);
     second.integer(batch).integer(capacity);
-    return {{"select_stats", batch, capacity, first}, {"select_plan", batch, capacity, second}};
+    std::vector<Launch> launches;
+    if (built.needsStats()) {
+        launches.push_back({"select_stats", batch, capacity, first});
+    }
+    launches.push_back({"select_plan", batch, capacity, second});
+    return launches;
 }
 
 } // namespace select

@@ -43,7 +43,9 @@ public:
     }
 
     void prepare() override {
-        loadKernel("select_stats");
+        if (configuration.needsStats()) {
+            loadKernel("select_stats");
+        }
         loadKernel("select_plan");
     }
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from keysieve.kernels.triton.configuration import KernelConfiguration
+from keysieve.kernels.triton.configuration import KernelConfiguration, needs_stats
 from keysieve.plugins.contract import SELECT, PluginNode, Port, plan_shape
 
 ALIGNMENT = 256  # bytes; of each part of a workspace
@@ -47,6 +47,6 @@ def aliased_inputs(node: PluginNode) -> list[int]:
 
 def select_workspace(model: KernelConfiguration, batch: int, capacity: int) -> int:
     """Bytes of workspace of KeySieveSelect: four float32 a head, and a 32-bit rank for every row of the plan."""
-    stats = model.layers * batch * model.query_heads * 4 * 4
+    stats = model.layers * batch * model.query_heads * 4 * 4 if needs_stats(model.scope) else 0
     ranks = model.plan_layers * batch * model.plan_heads * capacity * 4
     return sum(-(-part // ALIGNMENT) * ALIGNMENT for part in (stats, ranks))

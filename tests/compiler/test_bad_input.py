@@ -372,3 +372,23 @@ def test_a_graph_that_the_runtime_cannot_load(name: str, native: bool, bundle: P
     (copy / name).write_bytes(content)
     with refused(BundleError, f"{name}: ONNX Runtime cannot load it", untouched=tmp_path):
         load(copy, native=native)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda manifest: manifest.update(target="foo"), "is of target 'foo', which this keysieve does not know"),
+        (lambda manifest: manifest["files"].pop("model.onnx"), "lacks model.onnx; compile the bundle again"),
+        (lambda manifest: manifest.update(target="torch"), "lacks program.json, model.safetensors"),
+    ],
+    ids=("target", "model", "program"),
+)
+def test_a_bundle_that_lacks_what_its_target_needs(
+    bundle: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object], said: str
+) -> None:
+    copy = shutil.copytree(bundle, tmp_path / "bundle")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    change(manifest)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=said):
+        load(copy)

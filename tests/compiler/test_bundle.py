@@ -196,3 +196,14 @@ def test_a_manifest_that_lacks_a_field_is_refused(folder: Path, name: str) -> No
     rewrite(folder, lambda manifest: manifest.pop(name))
     with pytest.raises(BundleError, match=rf"manifest\.json lacks {name}; compile the bundle again"):
         open_bundle(folder)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [([], "names no files"), ({"program.json": 1}, "lacks size and SHA-256 of program.json")],
+    ids=str,
+)
+def test_files_that_a_manifest_does_not_describe(folder: Path, files: object, said: str) -> None:
+    rewrite(folder, lambda manifest: manifest.update(files=files))
+    with pytest.raises(BundleError, match=said):
+        open_bundle(folder)

@@ -5,11 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,24 +18,26 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from keysieve.compiler import calibrate as module
-from keysieve.compiler import statistics as statistics_file
-from keysieve.compiler import statistics_report, weights
-from keysieve.compiler.calibrate import calibrate
+from keysieve.compiler import statistics_file, statistics_report, weights
+from keysieve.compiler.calibrate import calibrate as calibrate_all
 from keysieve.compiler.layerwise import LayerByLayer
 from keysieve.compiler.model import identity
 from keysieve.compiler.pipeline import Matched, find, tap_graph
 from keysieve.compiler.progress import Progress
+from keysieve.compiler.query_moments import QueryMoments
+from keysieve.compiler.statistics import Statistics
 from keysieve.compiler.text import iter_texts, text_sha256, token_chunks
-from keysieve.compiler.workers import Workers
 from keysieve.errors import CaptureError, ConfigError, MatchError, StatisticsError
 from keysieve.passes.graph import Graph
 from support.bundles import CALIBRATION_TOKENS, tiny_folder, tiny_statistics
 from support.masked_reference import calibrate_by_hooks
+from support.threads import Threads
 from support.tiny_models import DECODERS, TEXT, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUIET = Progress(quiet=True)
+calibrate = partial(calibrate_all, gates=False)  # those have tests of their own
 FAST = ("llama", "gpt_neox", "cohere", "smollm3")
 MODELS = [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in DECODERS]
 
@@ -88,7 +87,7 @@ def finished(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(whole, tmp_path / "stats"))
 
 
-def same(found: statistics_file.Statistics, wanted: statistics_file.Statistics, tolerance: float) -> None:
+def same(found: Statistics, wanted: Statistics, tolerance: float) -> None:
     assert (found.tokens, found.text_sha256, found.model) == (wanted.tokens, wanted.text_sha256, wanted.model)
     assert found.first_tokens == wanted.first_tokens
     for a, b in zip(found.layers + found.first_half, wanted.layers + wanted.first_half, strict=True):
@@ -339,7 +338,7 @@ class Passes(LayerByLayer):
         self.passes = 0
         self.made.append(self)
 
-    def run(self, batches: list[torch.Tensor], step: Any) -> list[statistics_file.QueryMoments]:
+    def run(self, batches: list[torch.Tensor], step: Any) -> list[QueryMoments]:
         self.passes += 1
 
         def interrupt_in_the_middle(share: float) -> None:
@@ -413,42 +412,6 @@ def test_a_gguf_file_cannot_be_read_layer_by_layer(mha: Path, text: Path, tmp_pa
 # Several processes
 
 
-class Threads:
-    """Stands for Workers: threads of this process, which meet at a barrier."""
-
-    def __init__(self, count: int) -> None:
-        self.barrier = threading.Barrier(count, timeout=60)
-        self.values: list[Any] = [None] * count
-        self.local = threading.local()
-
-    def run(self, count: int, call: Any) -> list[Any]:
-        def start(rank: int) -> Any:
-            self.local.rank = rank
-            try:
-                return call()
-            except BaseException:
-                self.barrier.abort()
-                raise
-
-        with ThreadPoolExecutor(count) as pool:
-            return [future.result() for future in [pool.submit(start, rank) for rank in range(count)]]
-
-    def __call__(self) -> Workers:
-        workers = Workers()
-        workers.rank, workers.count = self.local.rank, len(self.values)
-        workers.gather = partial(self.gather, workers.rank)  # type: ignore[method-assign]
-        workers.on_first = lambda call: workers.gather(call() if workers.first else None)[0]  # type: ignore[method-assign,assignment]
-        workers.sum = lambda array: sum(workers.gather(array), np.zeros_like(array))  # type: ignore[method-assign]
-        return workers
-
-    def gather(self, rank: int, value: Any) -> list[Any]:
-        self.values[rank] = deepcopy(value)  # as if it had been sent
-        self.barrier.wait()
-        values = list(self.values)
-        self.barrier.wait()
-        return values
-
-
 @pytest.mark.parametrize(("count", "before", "batch_size"), [(2, 0, 1), (3, 2 * 256, 2), (2, 7 * 256, 1)])
 def test_workers_together_do_the_work_of_one(
     count: int,
@@ -482,7 +445,7 @@ def test_workers_together_do_the_work_of_one(
 @pytest.mark.slow
 def test_two_processes_give_the_same_file_as_one(mha: Path, text: Path, tmp_path: Path) -> None:
     """`torchrun -m keysieve.compiler.calibrate`, for real."""
-    options = ["--text", str(text), "--max-tokens", "2600", "--batch-size", "1", "--report", str(tmp_path / "r.json")]
+    options = ["--text", str(text), "--max-tokens", "2600", "--no-gates", "--report", str(tmp_path / "r.json")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "keysieve.compiler.calibrate", str(mha), "-o", str(tmp_path / "two"), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 
 from keysieve.compiler import check_split as module
 from keysieve.compiler import compile as compile_module
@@ -13,6 +14,7 @@ from keysieve.compiler.compile import compile
 from keysieve.compiler.config import CompileConfig, EvictionConfig, PolicyConfig
 from keysieve.compiler.progress import Progress
 from keysieve.errors import MatchError
+from keysieve.passes.graph import Graph
 from support.bundles import tiny_folder
 from support.graphs import ToyDecoder, evicting
 from support.tiny_models import tiny_model
@@ -79,5 +81,24 @@ def test_compile_refuses_before_anything_is_written(
     monkeypatch.setattr(compile_module, "load_model", lambda *arguments: model)
     config = CompileConfig(EvictionConfig(PolicyConfig("key-norm")))
     with pytest.raises(MatchError, match=r"keys and values of layer 1 depend .* behind the attention of layer 0 mixes"):
+        compile(tiny_folder("llama_mha", root), tmp_path / "bundle", config, Progress(quiet=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compile_refuses_what_is_right_for_one_batch(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shape of a product in numbers, as some torch may have it, and nothing that torch itself notices."""
+    refresh = Graph.refresh
+
+    def in_numbers(graph: Graph, node: Node) -> None:
+        refresh(graph, node)
+        if node.target is torch.ops.aten.linear.default:
+            with graph.fake_mode:
+                node.meta["val"] = torch.empty([211, 229, int(graph.shape(node)[2])])
+
+    monkeypatch.setattr(Graph, "refresh", in_numbers)
+    config = CompileConfig(EvictionConfig(PolicyConfig("key-norm")))
+    with pytest.raises(MatchError, match=r"node linear_\d+ \(aten.linear.default\) was made for one size alone"):
         compile(tiny_folder("llama_mha", root), tmp_path / "bundle", config, Progress(quiet=True))
     assert list(tmp_path.iterdir()) == []

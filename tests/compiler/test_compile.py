@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from keysieve.compiler import compile as compile_module
-from keysieve.compiler import statistics as statistics_file
+from keysieve.compiler import statistics_file
 from keysieve.compiler.bundle import open_bundle
 from keysieve.compiler.compile import compile
 from keysieve.compiler.config import CompileConfig, EvictionConfig, PolicyConfig
@@ -46,9 +46,10 @@ def test_the_manifest_says_what_was_compiled(root: Path) -> None:
     assert manifest["stop_tokens"] == [EOS]
     assert manifest["eviction"] == asdict(SMALL)
     assert manifest["nodes"] == {"KeySieveUpdate": 3, "KeySieveScore": 1, "KeySieveSelect": 1}
-    assert manifest["plans"] == {"plan": [3, None, 2, None]} and manifest["windows"] == []
-    cache = {"kv_heads": 2, "head_dim": 16, "value_dim": 16, "window": None}
-    assert manifest["caches"] == [{"layer": layer, **cache} for layer in range(3)]
+    assert manifest["plans"] == {"plan": {"layers": 3, "kv_heads": 2, "class": 0}} and manifest["windows"] == []
+    cache = {"heads": [0, 1], "kv_heads": 2, "head_dim": 16, "value_dim": 16, "class": 0, "window": None}
+    assert manifest["caches"] == [{"name": str(layer), "layer": layer, **cache} for layer in range(3)]
+    assert manifest["classes"] == [{"suffix": "", "kv_heads": 6, "budgets": [1], "shares": [1.0]}]
     assert [layer["layer"] for layer in manifest["layers"]] == [0, 1, 2]
     assert all(layer["matched"] and layer["rope_form"] == "half_split" for layer in manifest["layers"])
     assert manifest["model"]["architecture"] == "LlamaForCausalLM"

@@ -21,7 +21,7 @@ def test_report_of_this_machine() -> None:
     assert report["packages"]["torch"]
     assert report["cpu"]["usable"] >= 1
     found = by_name(report["targets"])
-    assert set(found) == {"onnx", "onnxruntime", "openvino", "tensorrt-rtx", "tensorrt"}
+    assert set(found) == {"onnx", "onnxruntime", "openvino", "torch", "tensorrt-rtx", "tensorrt"}
     assert found["onnxruntime"] == {"target": "onnxruntime", "build": True, "run": True, "reason": ""}
 
 
@@ -36,8 +36,8 @@ def test_no_heavy_import() -> None:
 
 def test_versions_come_from_the_package_metadata() -> None:
     needed = needed_versions()
-    assert "2.12" not in needed["torch"]
-    assert "2.13" in needed["torch"]
+    assert "2.10" not in needed["torch"]
+    assert "2.11" in needed["torch"]
 
 
 def test_a_missing_package_is_named_with_its_command() -> None:
@@ -60,6 +60,16 @@ def test_an_onnx_file_without_any_runtime_cannot_run() -> None:
     entry = by_name(targets(ALL | {"onnxruntime": None, "openvino": None}, {}))["onnx"]
     assert entry["build"] and not entry["run"]
     assert "onnxruntime is not installed" in entry["reason"] and "openvino is not installed" in entry["reason"]
+
+
+def test_torch_runs_on_a_cpu_and_says_what_a_gpu_lacks() -> None:
+    reasons = [
+        by_name(targets(ALL | packages, {}, gpu=gpu))["torch"]
+        for packages, gpu in (({}, True), ({}, False), ({"triton": None}, True))
+    ]
+    assert all(entry["build"] and entry["run"] for entry in reasons)
+    assert [entry["reason"] for entry in reasons[:2]] == ["", "on the CPU: there is no NVIDIA GPU"]
+    assert reasons[2]["reason"].startswith("on the CPU: triton is not installed")
 
 
 def test_tensorrt_is_built_without_a_gpu_and_run_with_one() -> None:

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from keysieve.compiler import engine as engine_module
+from keysieve.compiler import decoding
 from keysieve.compiler.config import EvictionConfig
-from keysieve.compiler.engine import Engine, Generation, load, prefill
+from keysieve.compiler.decoding import prefill
+from keysieve.compiler.engine import Engine, Generation, load
+from keysieve.compiler.sampling import Sampling
 from support.bundles import tiny_bundle, tiny_centres
 from support.masked_reference import MaskedReference
 from support.tiny_models import EOS, VOCABULARY, tiny_model, tiny_tokenizer
@@ -56,7 +58,7 @@ class Script:
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, *sequences: Sequence[int]) -> None:
-    monkeypatch.setattr(engine_module, "Sampler", lambda sampling, batch: Script(*sequences))
+    monkeypatch.setattr(decoding, "Sampler", lambda sampling, batch: Script(*sequences))
 
 
 # -- greedy ----------------------------------------------------------------------------------------------------------
@@ -105,7 +107,7 @@ def test_generate_is_stream_is_the_step_loop(engine: Engine, options: dict[str, 
 
     session = engine.session(3)  # budget + interval rows, as requests have
     sampling = {key: value for key, value in options.items() if key != "chunk"}
-    sampler = engine_module.Sampler(engine_module.Sampling(**sampling), 3)
+    sampler = decoding.Sampler(Sampling(**sampling), 3)
     logits, manual = prefill(session, PROMPTS, options.get("chunk", 16)), []
     for _ in range(40):
         manual.append(sampler(logits))

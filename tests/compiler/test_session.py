@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from keysieve.compiler.config import SCOPES, EvictionConfig, PolicyConfig
-from keysieve.compiler.engine import Engine, load, prefill
+from keysieve.compiler.decoding import prefill
+from keysieve.compiler.engine import Engine, load
 from keysieve.compiler.session import Session
 from keysieve.errors import EngineError
 from support.bundles import tiny_bundle, tiny_centres, tiny_statistics

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from keysieve.compiler import statistics as statistics_file
+from keysieve.compiler import statistics_file
 from keysieve.compiler.calibrate import calibrate
 from keysieve.compiler.compile import compile
 from keysieve.compiler.config import CompileConfig, EvictionConfig, PolicyConfig

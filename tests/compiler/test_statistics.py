@@ -8,18 +8,11 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from keysieve.compiler import statistics as module
-from keysieve.compiler.statistics import (
-    LayerStatistics,
-    QueryMoments,
-    Statistics,
-    check_matches,
-    load,
-    load_official,
-    read,
-    save,
-    save_official,
-)
+from keysieve.compiler import statistics_file as module
+from keysieve.compiler.official_statistics import load_official, save_official
+from keysieve.compiler.query_moments import QueryMoments
+from keysieve.compiler.statistics import LayerStatistics, Statistics, check_matches
+from keysieve.compiler.statistics_file import load, read, save
 from keysieve.errors import StatisticsError
 from keysieve.passes.rope_form import RopeForm
 
@@ -286,7 +279,7 @@ def change_header(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(version="2"), "format version 2, this keysieve reads 1"),
+        (lambda m: m.update(version="4"), "format version 4, this keysieve reads 1 and 3"),
         (lambda m: m.pop("format"), "not a keysieve statistics file"),
         (lambda m: m.pop("statistics"), "damaged metadata"),
         (lambda m: m.update(statistics="{"), "damaged metadata"),

@@ -11,8 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from keysieve.compiler import statistics as statistics_file
-from keysieve.compiler.statistics import LayerStatistics, QueryMoments, Statistics
+from keysieve.compiler import statistics_file
+from keysieve.compiler.query_moments import QueryMoments
+from keysieve.compiler.statistics import LayerStatistics, Statistics
 from keysieve.compiler.statistics_report import statistics_report, write_report
 from keysieve.errors import ConfigError, StatisticsError
 from keysieve.passes.rope_form import RopeForm

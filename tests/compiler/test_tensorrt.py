@@ -82,7 +82,7 @@ def test_a_plan_of_a_model_with_windows_and_softcap(tmp_path: Path) -> None:
 )
 def test_what_the_plugin_has_no_kernels_for(name: str, reason: str) -> None:
     matched = find(family_model("ministral" if name == "mixed heads" else name), QUIET)
-    graph, _ = engine_graph(matched, SMALL, None)
+    graph = engine_graph(matched, SMALL, None).graph
     if name == "mixed heads":
         value = graph.inputs["key_0"].meta["val"]
         graph.inputs["key_0"].meta["val"] = value.new_empty(value.shape[0], 1, *value.shape[2:])
@@ -117,7 +117,7 @@ def test_a_bundle_with_a_kit(root: Path, tmp_path: Path, monkeypatch: pytest.Mon
 )
 def test_the_configuration_is_that_of_the_onnx_file(name: str, eviction: EvictionConfig, root: Path) -> None:
     matched = find(load_skeleton(tiny_folder(name, root), "float32"), QUIET)
-    found = kernel_configuration(engine_graph(matched, eviction, None)[0], "float32")
+    found = kernel_configuration(engine_graph(matched, eviction, None).graph, "float32")
     assert found == read_configuration(tiny_bundle(name, eviction, root) / "model.onnx")
 
 

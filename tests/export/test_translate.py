@@ -145,3 +145,18 @@ def test_an_operation_without_onnx_form_is_named(way, request):
         request.getfixturevalue("long_way")
     with pytest.raises(ExportError, match="bessel_j0"):
         translated(unknown)
+
+
+def test_an_input_that_loses_a_size_on_the_way(monkeypatch):
+    """As where a step of torch asks for the number, and so makes the example the only one."""
+    from keysieve.export import torch_steps
+
+    promote = torch_steps._promote
+
+    def asks(module):
+        assert int(next(n for n in module.graph.nodes if n.name == "numbers").meta["val"].shape[0]) == 5
+        promote(module)
+
+    monkeypatch.setattr(torch_steps, "_promote", asks)
+    with pytest.raises(ExportError, match="input numbers has 5 for size 0 in the ONNX graph, and may have any"):
+        translated(nothing)

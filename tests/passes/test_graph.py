@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from keysieve.compiler.capture import capture
+from keysieve.errors import MatchError
 from support.graphs import ToyDecoder, graph_of, match, matched, run
 from support.tiny_models import tiny_model
 
@@ -29,6 +30,42 @@ def test_symbol_is_one_dynamic_size_of_its_own(toy):
     for rows in (1, 5, 11):
         out = run(toy, GIVEN | {"rows": torch.ones(2, rows)})
         assert out["total"].tolist() == [rows, rows] and out["twice"].shape == (2, 2 * rows)
+
+
+@pytest.fixture
+def asks_for_numbers():
+    """An operation of others, whose form in C++ asks a tensor for numbers and whose form in Python does not."""
+    name, composite = "keysieve_test::doubled", torch._C.DispatchKey.CompositeImplicitAutograd
+    with torch.library._scoped_library("keysieve_test", "FRAGMENT") as library:
+        library.define("doubled(Tensor x) -> Tensor")
+        torch.library.impl(name, "CompositeImplicitAutograd", lib=library)(lambda x: x.new_empty([int(x.shape[0]), 2]))
+        operation = torch.ops.keysieve_test.doubled.default
+        yield operation, lambda: operation.py_impl(composite)(lambda x: x.new_empty([x.shape[0], 2]))
+
+
+def test_fakes_come_from_the_forms_in_python(toy, asks_for_numbers):
+    """As those of torch.export; in C++, linear asks for numbers with torch 2.11."""
+    operation, also_in_python = asks_for_numbers
+    also_in_python()
+    with toy.before(toy.output_node):
+        made = toy.call(operation, toy.outputs["logits"])
+    assert list(toy.shape(made)) == [toy.shape(toy.inputs["input_ids"])[0], 2]
+    toy.program()
+
+
+def test_a_fake_that_fixes_a_size_is_refused(toy, asks_for_numbers):
+    with toy.before(toy.output_node):
+        toy.call(aten.neg.default, toy.outputs["logits"])
+        words = r"node doubled_default \(keysieve_test.doubled.default\) fixes the size 'batch' to 3"
+        with pytest.raises(MatchError, match=f"^{words}"):
+            toy.call(asks_for_numbers[0], toy.outputs["logits"])
+
+
+def test_a_pass_that_fixes_a_size_is_refused(toy):
+    assert int(toy.symbol("C")) != int(toy.symbol("N"))
+    words = "^the pass that adds node neg.* fixes the size 'C' to 227"
+    with toy.before(toy.output_node), pytest.raises(MatchError, match=words):
+        toy.call(aten.neg.default, toy.outputs["logits"])
 
 
 def test_an_edited_graph_is_a_valid_program(toy):

@@ -5,7 +5,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from keysieve.compiler import statistics as statistics_file
+from keysieve.compiler import statistics_file
 from keysieve.compiler.config import EvictionConfig, PolicyConfig
 from keysieve.compiler.pipeline import engine_graph
 from support.bundles import tiny_bundle, tiny_statistics
@@ -18,12 +18,12 @@ BATCH, CAPACITY, LAYERS, KV_HEADS, HEAD_DIM = 3, 30, 3, 2, 16
 @pytest.fixture(scope="module")
 def graph(root):
     statistics = statistics_file.load(tiny_statistics("llama", root))
-    return engine_graph(match("llama"), EVICTION, statistics)[0]
+    return engine_graph(match("llama"), EVICTION, statistics).graph
 
 
 def test_inputs_and_outputs(graph):
     batch, _ = graph.shape(graph.inputs["input_ids"])
-    capacity = graph.symbol("C")
+    capacity = graph.symbol("capacity")
     caches = [f"{name}_{layer}" for layer in range(LAYERS) for name in ("key", "value")]
     state = ["count", "position", "length", "plan", "keep"]
     assert list(graph.inputs) == ["input_ids", "logits_at", *state, *caches, "budget", "limit", "pinned"]

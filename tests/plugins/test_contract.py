@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+import keysieve.plugins.torch.ops  # noqa: F401  (registers torch.ops.keysieve)
 from keysieve.kernels import SCOPES, reference
-from keysieve.plugins import torch_ops  # noqa: F401  (registers torch.ops.keysieve)
 from keysieve.plugins.contract import DOMAIN, NODES, SCORE, SELECT, UPDATE, plan_shape
 from keysieve.plugins.onnx.functions import score_function, select_function, update_function
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from keysieve.compiler import statistics as statistics_file
+from keysieve.compiler import statistics_file
 from keysieve.compiler.calibrate import calibrate
 from keysieve.compiler.compile import compile
 from keysieve.compiler.config import CompileConfig, EvictionConfig

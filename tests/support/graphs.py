@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, export
 
-import keysieve.plugins.torch_ops  # noqa: F401  (registers torch.ops.keysieve)
+import keysieve.plugins.torch.ops  # noqa: F401  (registers torch.ops.keysieve)
 from keysieve.compiler.pipeline import Matched, find
 from keysieve.compiler.progress import Progress
 from keysieve.passes.find_attention import find_attention

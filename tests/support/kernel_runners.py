@@ -9,7 +9,7 @@ import torch
 
 
 class Interpreter:
-    """Calls `launch.<name>(model, **tensors)` in the other process; tensors changed in place come back."""
+    """Calls `launch.<name>(**arguments)` in the other process; tensors changed in place come back."""
 
     def __enter__(self):
         context = multiprocessing.get_context("spawn")
@@ -19,21 +19,39 @@ class Interpreter:
     def __exit__(self, *_):
         self._pool.shutdown()
 
-    def __call__(self, name, model, **arguments):
+    def __call__(self, name, **arguments):
         """(what the function returned, the arguments as they are after the call)."""
-        return _unpacked(self._pool.submit(_call, name, model, _packed(arguments)).result())
+        return _unpacked(self._pool.submit(_call, name, _packed(arguments)).result())
 
 
 def _choose_interpreter():
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
+    from keysieve.kernels.triton.variants import PROGRAMS
+
+    PROGRAMS.update(dict.fromkeys(PROGRAMS, 3))  # so few that a program gets several parts
+    _multiply_bfloat16()
 
 
-def _call(name, model, packed):
+def _multiply_bfloat16():
+    """Triton's interpreter keeps bfloat16 as integers, and `dot` would multiply those."""
+    from triton import language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    create_dot = InterpreterBuilder.create_dot
+
+    def with_bfloat16(self, *arguments):
+        wide = (self.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in arguments[:2])
+        return create_dot(self, *wide, *arguments[2:])
+
+    InterpreterBuilder.create_dot = with_bfloat16
+
+
+def _call(name, packed):
     from keysieve.kernels.triton import launch
 
     arguments = _unpacked(packed)
-    return _packed((getattr(launch, name)(model, **arguments), arguments))
+    return _packed((getattr(launch, name)(**arguments), arguments))
 
 
 def _packed(value):
@@ -46,12 +64,12 @@ def _unpacked(data):
     return torch.load(io.BytesIO(data), weights_only=True)
 
 
-def on_gpu(name, model, **arguments):
+def on_gpu(name, **arguments):
     """What the interpreter's call returns, from the GPU of this machine."""
     from keysieve.kernels.triton import launch
 
     there = _moved(arguments, "cuda")
-    result = getattr(launch, name)(model, **there)
+    result = getattr(launch, name)(**there)
     torch.cuda.synchronize()
     return _moved((result, there), "cpu")
 

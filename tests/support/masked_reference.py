@@ -56,13 +56,14 @@ class _Sequence:
 
     def evict(self, plan: list[list[list[int]]]) -> None:
         """Keep the rows of plan [L][Hkv]; queries from now on do not see the others."""
+        evicted = 0
         for layer, heads in enumerate(plan):
             for head, kept in enumerate(heads):
                 before = self.rows[layer][head]
                 self.rows[layer][head] = [before[row] for row in kept]
                 gone = sorted(set(before) - set(self.rows[layer][head]))
+                evicted = max(evicted, len(gone))
                 self.evicted_at[layer][head, gone] = len(self.tokens)
-        evicted = self.length - len(plan[0][0])
         self.evicted += evicted
         self.rounds += evicted > 0
 
@@ -81,6 +82,10 @@ class MaskedReference:
     Layers choose their rows together, as the scope says, with those of the same query heads, KV heads, head dim and
     number of bands; a layer without bands joins the first ones of its heads.
 
+    classes: of the KV heads of every layer, and the budget of each class, for heads that have budgets of their own.
+    Where the rows of one class reach its budget + interval, all evict that have more than their budget. Feed such a
+    reference with `feed`.
+
     Counters (lists, one entry a sequence): rows_held after the planned eviction, length before it,
     rows_evicted per layer and KV head, rounds that evicted something, and margins, the closest decision of
     every round (near the rounding of float32, another implementation may rightly choose otherwise).
@@ -94,6 +99,7 @@ class MaskedReference:
         pinned: list[int] | None = None,
         pairing: str | None = None,
         ropes: list[LayerRope] | None = None,
+        classes: tuple[list[list[int]], list[int]] | None = None,
     ):
         if eviction.policy.needs_statistics and stats is None:
             raise ValueError("calibrated centres need stats; make them with calibrate_by_hooks")
@@ -101,6 +107,7 @@ class MaskedReference:
         self.eviction = eviction
         self.stats = stats
         self.pinned = pinned
+        self.classes = classes
         self.ropes = layer_ropes(model, pairing) if ropes is None else ropes
         _, layers = forward(model, [0], lambda layer, count: np.ones((ANY, count, count), bool))
         self.heads, self.kv_heads = ([len(side[which]) for side in layers] for which in (0, 1))
@@ -198,7 +205,9 @@ class MaskedReference:
         policy = self.eviction.policy
         if policy.name == "triattention" and policy.centres == "online":
             self._follow(sequence, [q[:, -len(tokens) :] for q, _ in layers])
-        if sequence.length >= limit:
+        if self.classes is not None:
+            self._evict_classes(sequence, [k for _, k in layers], step_size)
+        elif sequence.length >= limit:
             keep = min(self.eviction.budget, sequence.length)
             first = len(sequence.tokens) - step_size  # absolute position of the step's first token
             scores = self._scores(sequence, [k for _, k in layers], first)
@@ -206,7 +215,7 @@ class MaskedReference:
             plan: list[list[list[int]]] = [[] for _ in scores]
             margins = []
             for group in self.groups:
-                together = np.stack([scores[layer] for layer in group])
+                together = np.stack([np.stack(scores[layer]) for layer in group])
                 recent, scope, kv_heads = self.eviction.recent, self.eviction.scope, self.kv_heads[group[0]]
                 chosen, margin = select_rows(together, keep, front, recent, scope, kv_heads)
                 margins.append(margin)
@@ -215,6 +224,32 @@ class MaskedReference:
             sequence.margins.append(min(margins))
             sequence.evict(plan)
         return logits[-len(tokens) :]
+
+    def _evict_classes(self, sequence: _Sequence, keys: list[np.ndarray], step_size: int) -> None:
+        """Every head whose class is due chooses among its own rows."""
+        assert self.classes is not None and self.eviction.scope == "per_layer_per_head"
+        of_heads, budgets = self.classes
+        rows = sequence.rows
+        beyond = {
+            (layer, head): len(rows[layer][head]) - budgets[its]
+            for layer, classes in enumerate(of_heads)
+            for head, its in enumerate(classes)
+        }
+        if max(beyond.values()) < self.eviction.interval:
+            return
+        due = [place for place, more in beyond.items() if more > 0]
+        scores = self._scores(sequence, keys, len(sequence.tokens) - step_size)
+        front, recent, margins = max(self.eviction.sinks, sequence.pinned), self.eviction.recent, []
+        plan = [[list(range(len(held))) for held in heads] for heads in rows]
+        for layer, head in due:
+            group = self.heads[layer] // self.kv_heads[layer]
+            own = np.stack(scores[layer][head * group : (head + 1) * group])[None]
+            keep = budgets[of_heads[layer][head]]
+            chosen, margin = select_rows(own, keep, front, recent, self.eviction.scope, 1)
+            plan[layer][head] = chosen[0][0]
+            margins.append(margin)
+        sequence.margins.append(min(margins))
+        sequence.evict(plan)
 
     # -- scoring ---------------------------------------------------------------------------------------------
 
@@ -235,10 +270,10 @@ class MaskedReference:
                 if len(rope.first):
                     state[1] = state[1] * DECAY + (1 - DECAY) * size[:, n]
 
-    def _scores(self, sequence: _Sequence, keys: list[np.ndarray], first: int) -> list[np.ndarray]:
-        """Scores [Hq,rows held], by layer, of the rotated keys [Hkv,N,D]."""
+    def _scores(self, sequence: _Sequence, keys: list[np.ndarray], first: int) -> list[list[np.ndarray]]:
+        """Scores [rows held] of every query head, by layer, of the rotated keys [Hkv,N,D]."""
         policy = self.eviction.policy
-        scores = [np.zeros((heads, sequence.length)) for heads in self.heads]
+        scores = [[np.zeros(0)] * heads for heads in self.heads]
         for layer, rotated in enumerate(keys):
             rope, heads, kv_heads = self.ropes[layer], self.heads[layer], self.kv_heads[layer]
             number = next(group.index(layer) for group in self.groups if layer in group)
@@ -259,11 +294,13 @@ class MaskedReference:
                         policy,
                     )
                 elif policy.name == "key-norm":
-                    scores[layer][head] = [-math.sqrt(float(k @ k)) for k in rotated[kv_head, rows].astype(float)]
+                    norms = [-math.sqrt(float(k @ k)) for k in rotated[kv_head, rows].astype(float)]
+                    scores[layer][head] = np.array(norms)
                 elif policy.name == "streaming":
-                    scores[layer][head] = range(len(rows))
+                    scores[layer][head] = np.arange(len(rows), dtype=float)
                 elif policy.name == "random":
-                    scores[layer][head] = [random_score(first, row, head, number) for row in range(len(rows))]
+                    chances = [random_score(first, row, head, number) for row in range(len(rows))]
+                    scores[layer][head] = np.array(chances)
                 else:
                     raise ValueError(f"the reference does not know policy {policy.name!r}")
         return scores

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from keysieve.compiler.cli import main
-from keysieve.compiler.statistics import LayerStatistics, Statistics, save
+from keysieve.compiler.statistics import LayerStatistics, Statistics
+from keysieve.compiler.statistics_file import save
 from keysieve.passes.rope_form import RopeForm
 
 FUNCTION = "calibrate.calibrate"
@@ -27,6 +28,8 @@ def test_defaults(stub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         "text_field": "text",
         "batch_size": 1,
         "layer_by_layer": None,
+        "gates": False,
+        "context": None,
     }
     printed = capsys.readouterr()
     assert f"{output}: 2,048 tokens" in printed.out

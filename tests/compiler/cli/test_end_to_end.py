@@ -106,3 +106,26 @@ def test_a_model_without_rope_cannot_be_compiled(tmp_path: Path, capsys: pytest.
     assert main(["compile", model, "-o", str(tmp_path / "out"), "--policy", "streaming", "--quiet"]) == 1
     assert "rotary embedding" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_target_torch(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Compiled, inspected, run and compared: what ONNX Runtime prints, but for the speed."""
+    bundle = str(tmp_path / "torch")
+    sizes = ["--budget", str(BUDGET), "--interval", str(INTERVAL), "--sinks", "2", "--recent", "8"]
+    made = ["--stats", str(work / "stats.safetensors"), *sizes, "--target", "torch", "--quiet"]
+    assert main(["compile", str(work / "model"), "-o", bundle, *made]) == 0
+    text = tmp_path / "text.txt"
+    text.write_text("The rows that matter least are evicted, and the others move together in their order. " * 30)
+    verbs = (
+        ["inspect"],
+        ["run", "--prompt", "The cache", "--max-new-tokens", "60"],
+        ["compare", "--text", str(text), "--budgets", str(BUDGET), "--quiet"],
+    )
+    for verb, *options in verbs:
+        found, wanted = (run_json(capsys, verb, folder, *options) for folder in (bundle, str(work / "bundle")))
+        if verb == "compare":
+            assert found["rows"][0]["kl"] == pytest.approx(wanted["rows"][0]["kl"], rel=1e-3)
+            assert found["rows"][0]["rows_evicted"] == wanted["rows"][0]["rows_evicted"] > 0
+        for changing in ("tokens_per_s", "prompt_seconds", "target", "rows"):
+            found.pop(changing, None), wanted.pop(changing, None)
+        assert found == wanted

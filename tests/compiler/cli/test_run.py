@@ -49,7 +49,7 @@ def test_text_goes_to_stdout(stub, capsys: pytest.CaptureFixture) -> None:
     engine = FakeEngine()
     calls = stub(FUNCTION, engine)
     assert main(["run", "b", "--prompt", "Hello"]) == 0
-    assert calls == [((Path("b"), None), {})]
+    assert calls == [((Path("b"),), {})]
     assert engine.requests == [("Hello", {"chat": True, "ignore_position_limit": False, "max_new_tokens": 128})]
     output = capsys.readouterr()
     assert (output.out, output.err) == ("Hi you\n", "")
@@ -60,10 +60,10 @@ def test_every_option_reaches_the_engine(stub) -> None:
     calls = stub(FUNCTION, engine)
     options = (
         "--max-new-tokens 9 --budget 300 --capacity 500 --chunk 64 --temperature 0.5 --top-p 0.9 --top-k 40 "
-        "--seed 7 --raw --ignore-position-limit --threads 2"
+        "--seed 7 --raw --ignore-position-limit --threads 2 --device cuda --compile"
     )
     assert main(["run", "b", "--prompt", "x", *options.split()]) == 0
-    assert calls[0][0] == (Path("b"), 2)
+    assert calls == [((Path("b"),), {"threads": 2, "device": "cuda", "compiled": True})]
     assert engine.requests[0][1] == {
         "chat": False,
         "ignore_position_limit": True,

@@ -86,7 +86,7 @@ def test_refusals_of_tensorrt_are_errors(bundle: Bundle, refused: str, message: 
 
 
 def test_a_bundle_without_a_plan(root: Path) -> None:
-    with pytest.raises(EngineError, match="holds no TensorRT plan; compile with --target tensorrt-rtx"):
+    with pytest.raises(EngineError, match="holds no TensorRT plan; compile with --target torch or tensorrt-rtx"):
         load(tiny_bundle("llama", EVICTION, root), device="cuda")
 
 

@@ -8,7 +8,7 @@ from support.kernel_runners import Interpreter, on_gpu
 
 @pytest.fixture(scope="session", params=["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
 def kernels(request):
-    """Runs a function of `keysieve.kernels.triton.launch`: call it with (name, model, **tensors)."""
+    """Runs a function of `keysieve.kernels.triton.launch`: call it with (name, **arguments)."""
     if request.param == "gpu":
         if not torch.cuda.is_available():
             pytest.skip("no GPU that torch can use")

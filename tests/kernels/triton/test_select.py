@@ -14,6 +14,10 @@ def configuration(**changes):
     return KernelConfiguration(head_dim=8, value_dim=8, rotary_dim=8, dtype="float32", **values)
 
 
+def attributes(model):
+    return {name: getattr(model, name) for name in ("scope", "kv_heads", "sinks", "recent")}
+
+
 def ints(values):
     return torch.tensor(values, dtype=torch.int32)
 
@@ -26,8 +30,12 @@ def check(kernels, model, scores, length, budget, limit=None, pinned=None):
         "budget": ints(budget),
         "pinned": ints(pinned or [0] * len(length)),
     }
-    (plan, keep, evicted), _ = kernels("select", model, **given)
-    want = select(**given, scope=model.scope, kv_heads=model.kv_heads, sinks=model.sinks, recent=model.recent)
+    batch, capacity = scores.shape[1], scores.shape[3]
+    written = {"plan": torch.full((model.plan_layers, batch, model.plan_heads, capacity), -1, dtype=torch.int32)}
+    written |= {name: torch.empty(batch, dtype=torch.int32) for name in ("keep", "evicted")}
+    _, after = kernels("select_", **given, **written, **attributes(model))
+    plan, keep, evicted = (after[name] for name in written)
+    want = select(**given, **attributes(model))
     assert torch.equal(keep, want[1])
     assert torch.equal(evicted, want[2])
     due = given["length"] >= given["limit"]
@@ -101,7 +109,7 @@ def test_ranks_that_tie_but_for_rounding(kernels, scope):
     model = configuration(scope=scope)
     scores = torch.randint(3, (2, 1, 4, 60)).float()
     given = {"scores": scores, "length": ints([60]), "limit": ints([0]), "budget": ints([30]), "pinned": ints([0])}
-    (plan, _, _), _ = kernels("select", model, **given)
+    (plan, _, _), _ = kernels("select", **given, **attributes(model))
     candidate = (torch.arange(60) >= model.sinks) & (torch.arange(60) < 60 - model.recent)
     z = standardise(scores.double(), candidate.expand_as(scores)).view(2, 1, 2, 2, 60).amax(3)
     ranks = {"per_layer_per_head": z, "per_head": z.mean(0, keepdim=True), "union": z.amax((0, 2), keepdim=True)}[scope]

@@ -44,7 +44,7 @@ def check(kernels, model, length, keep, tokens, capacity, layer=1, plan=None):
         "value": some_bits(model.dtype, *heads, capacity, model.value_dim),
         "layer": layer,
     }
-    _, after = kernels("update", model, **given)
+    _, after = kernels("update_", **given)
     # As integers: torch quiets signalling NaNs when it copies 16-bit floats.
     bits = BITS[model.dtype]
     legal = given | {name: given[name].view(bits) for name in ("key_new", "value_new", "key", "value")}

@@ -22,7 +22,7 @@ CACHES = {
 
 
 @lru_cache
-def session(kind, rotated, sinks, window, softcap, threads=1, packed=False):
+def session(kind, rotated, sinks, window, softcap, threads=1, packed=False, kv_heads=0, heads=""):
     types = {"int32": TensorProto.INT32, "float32": TensorProto.FLOAT, "cache": CACHES[kind][0]}
     left_out = {"cosine": not rotated, "sine": not rotated, "sinks": not sinks, "key_new": packed, "value_new": packed}
 
@@ -41,6 +41,8 @@ def session(kind, rotated, sinks, window, softcap, threads=1, packed=False):
         scale=0.25,
         softcap=softcap,
         window=window,
+        kv_heads=kv_heads,
+        heads=heads,
     )
     return library_session([node], [info(p) for p in ports], [info(p) for p in ATTEND.outputs], threads)
 
@@ -104,12 +106,18 @@ def together(given):
     }
 
 
-def check(given, kind, window=0, softcap=0.0, threads=1, in_place=False, packed=False):
+def check(given, kind, window=0, softcap=0.0, threads=1, in_place=False, packed=False, whole=None):
+    """whole: new tokens of all heads of the layer, and which of them the cache has."""
     onnx_type, numpy_type, unit = CACHES[kind]
     # A rotated key may be rounded to the other side.
     tolerance = max(2e-5, unit if "cosine" in given else 0)
     wanted, *caches = expected(given, kind, window, softcap)
-    runner = session(kind, "cosine" in given, "sinks" in given, window, softcap, threads, packed)
+    names = {}
+    if whole is not None:
+        new, heads = whole
+        names = {"kv_heads": new["key_new"].shape[2], "heads": ",".join(map(str, heads))}
+        given = given | new
+    runner = session(kind, "cosine" in given, "sinks" in given, window, softcap, threads, packed, **names)
     given = together(given) if packed else given
     binding, values = runner.io_binding(), {}
     for name, array in given.items():
@@ -176,6 +184,21 @@ def test_queries_keys_and_values_may_come_together(tokens, value_dim, instructio
     assert np.array_equal(check(given, "float16", packed=True), check(given, "float16"))
     del given["cosine"], given["sine"], given["sinks"]
     assert np.array_equal(check(given, "float32", packed=True), check(given, "float32"))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize("heads", [[0, 2], [1], [2, 0, 1]], ids=str)
+def test_a_cache_may_be_for_some_heads_of_the_layer(heads, tokens, packed, instructions):
+    """Its heads read what they would of a layer that had no others."""
+    names, group = ("query", "key_new", "value_new"), 2
+    layer = inputs([(60, 20), (50, -1)], tokens, 3, group, 32, 48, 80)
+    given = inputs([(60, 20), (50, -1)], tokens, len(heads), group, 32, 48, 80, seed=1)
+    queries = [head * group + query for head in heads for query in range(group)]
+    for name in names:
+        given[name] = np.ascontiguousarray(layer[name][:, :, queries if name == "query" else heads])
+    given |= {name: layer[name] for name in ("cosine", "sine")}
+    check(given, "float16", packed=packed, whole=({name: layer[name] for name in names}, heads))
 
 
 @pytest.mark.parametrize("tokens", [1, 16])

@@ -15,13 +15,13 @@ namespace {
 unsigned char const kCode[] = {1};
 }
 Image const images[] = {
-    {"update", 80, false, false, kCode, 1, "update_80", 8, 64, 14, 0, 2, 4, 1},
-    {"score", 80, false, false, kCode, 1, "score_80", 8, 128, 11, 64, 0, 2, 3},
-    {"select_stats", 80, false, false, kCode, 1, "stats_80", 4, 0, 9, 0, 4, 1, 3},
-    {"select_plan", 80, false, false, kCode, 1, "plan_80", 8, 256, 14, 0, 2, 1, 3},
-    {"score", 80, true, false, kCode, 1, "score_ptx", 8, 128, 11, 64, 0, 2, 3},
-    {"score", 86, false, false, kCode, 1, "score_86", 8, 128, 11, 64, 0, 2, 3},
-    {"score", 90, false, true, kCode, 1, "score_90a", 8, 128, 11, 64, 0, 2, 3},
+    {"update", 80, false, false, kCode, 1, "update_80", 8, 64, 20, 8, 0, 2147483647},
+    {"score", 80, false, false, kCode, 1, "score_80", 8, 128, 11, 6, 64, 50},
+    {"select_stats", 80, false, false, kCode, 1, "stats_80", 4, 0, 9, 6, 0, 100},
+    {"select_plan", 80, false, false, kCode, 1, "plan_80", 8, 256, 14, 6, 0, 100},
+    {"score", 80, true, false, kCode, 1, "score_ptx", 8, 128, 11, 6, 64, 50},
+    {"score", 86, false, false, kCode, 1, "score_86", 8, 128, 11, 6, 64, 50},
+    {"score", 90, false, true, kCode, 1, "score_90a", 8, 128, 11, 6, 64, 50},
 };
 size_t const imageCount = sizeof(images) / sizeof(images[0]);
 char const* const description = "{}";
@@ -207,10 +207,14 @@ void choosesImages() {
 
 void grids() {
     Image const& score = images[1];
-    EXPECT((gridOf(score, 5, 100) == std::array<unsigned, 3>{2, 2, 15}));
-    EXPECT((gridOf(score, 5, 64) == std::array<unsigned, 3>{1, 2, 15}));
-    EXPECT((gridOf(score, 0, 64) == std::array<unsigned, 3>{1, 2, 0}));
-    EXPECT(contains(thrown([&] { gridOf(score, 30000, 64); }), "use a smaller batch"));
+    EXPECT(gridOf(score, 2, 100) == 24); // two parts of 64 rows of 3 layers' 2 heads each
+    EXPECT(gridOf(score, 5, 64) == 30);
+    EXPECT(gridOf(score, 5, 100) == 50); // as many as share the parts
+    EXPECT(gridOf(score, 1000000000, 64) == 50);
+    EXPECT(gridOf(score, 0, 64) == 0);
+    Image const& update = images[0];
+    EXPECT(gridOf(update, 5, 100) == 40);
+    EXPECT(contains(thrown([&] { gridOf(update, 300000000, 64); }), "use a smaller batch"));
 }
 
 void sizesAreChecked() {
@@ -257,9 +261,9 @@ void updateLaunches() {
     void* outputs[2] = {at(6), at(7)};
     EXPECT(runtime(attached).enqueue(in.data(), nullptr, inputs, outputs, nullptr, nullptr) == 0);
     EXPECT(launched.size() == 1 && launched[0].entry == "update_80");
-    EXPECT(launched[0].grid[0] == 2 && launched[0].grid[1] == 4 && launched[0].grid[2] == 5);
+    EXPECT(launched[0].grid[0] == 40 && launched[0].grid[1] == 1 && launched[0].grid[2] == 1);
     EXPECT(launched[0].threads == 256 && launched[0].shared == 64);
-    EXPECT((launched[0].values == std::vector<uint64_t>{1, 2, 3, 4, 5, 6, 7, 5, 100, 7, 3, 2, 0, 0}));
+    EXPECT((launched[0].values == std::vector<uint64_t>{1, 2, 3, 4, 5, 6, 7, 5, 100, 7, 3, 2, 224, 112, 16, 336, 168, 24, 0, 0}));
     EXPECT(loads == 1 && copiedOnDevice == 0);
 
     outputs[0] = at(99); // not the cache that came in
@@ -304,7 +308,7 @@ void scoreKeepsTables() {
     auto const step = [&] { return runtime(attached).enqueue(in.data(), nullptr, inputs, outputs, nullptr, nullptr); };
     EXPECT(step() == 0 && step() == 0 && copies == 1); // an array is copied once
     EXPECT((launched[0].values == std::vector<uint64_t>{0x1000000, 4, 5, 1, 2, 3, 9, 5, 100, 0, 0}));
-    EXPECT(launched[0].grid[0] == 2 && launched[0].grid[1] == 2 && launched[0].grid[2] == 15);
+    EXPECT(launched[0].grid[0] == 50 && launched[0].grid[1] == 1 && launched[0].grid[2] == 1);
     inputs[7] = at(80); // other buffers: an array of their own
     EXPECT(step() == 0 && copies == 2 && launched.back().values[0] == 0x1000000 + 24);
     inputs[7] = at(8);
@@ -344,12 +348,26 @@ void selectLaunches() {
     void* outputs[3] = {at(6), at(7), at(8)};
     void* const workspace = at(0x10000);
     EXPECT(runtime(plugin).enqueue(in.data(), nullptr, inputs, outputs, workspace, nullptr) == 0);
-    EXPECT(launched.size() == 2 && launched[0].entry == "stats_80" && launched[1].entry == "plan_80");
-    EXPECT((launched[0].values == std::vector<uint64_t>{1, 2, 3, 5, 0x10000, 5, 100, 0, 0}));
-    uint64_t const ranks = 0x10000 + 1024; // 3 * 5 * 4 heads of 16 bytes, rounded up to 256
-    EXPECT((launched[1].values == std::vector<uint64_t>{1, 0x10000, 2, 3, 4, 5, ranks, 6, 7, 8, 5, 100, 0, 0}));
-    EXPECT(select::workspaceBytes(configuration, 5, 100) == 1024 + 12032);
+    EXPECT(launched.size() == 1 && launched[0].entry == "plan_80");
+    EXPECT((launched[0].values == std::vector<uint64_t>{1, 0x10000, 2, 3, 4, 5, 0x10000, 6, 7, 8, 5, 100, 0, 0}));
+    EXPECT(select::workspaceBytes(configuration, 5, 100) == 12032);
     delete plugin;
+
+    Configuration shared = configuration; // a plan of all layers needs the statistics of all
+    shared.scope = "per_head";
+    std::vector<Launch> const both = select::launches(shared, kSelect, inputs, outputs, workspace);
+    EXPECT(both.size() == 2 && std::string(both[0].kernel) == "select_stats" && std::string(both[1].kernel) == "select_plan");
+    auto const values = [](Launch const& work) {
+        std::vector<uint64_t> result;
+        for (size_t i = 0; i < work.arguments.size(); ++i) {
+            result.push_back(work.arguments.value(i));
+        }
+        return result;
+    };
+    EXPECT((values(both[0]) == std::vector<uint64_t>{1, 2, 3, 5, 0x10000, 5, 100}));
+    uint64_t const ranks = 0x10000 + 1024; // 3 * 5 * 4 heads of 16 bytes, rounded up to 256
+    EXPECT((values(both[1]) == std::vector<uint64_t>{1, 0x10000, 2, 3, 4, 5, ranks, 6, 7, 8, 5, 100}));
+    EXPECT(select::workspaceBytes(shared, 5, 100) == 1024 + 4096);
 }
 
 void fieldsAreChecked() {

@@ -1,5 +1,7 @@
 """The Python twin against the contract; export/test_tensorrt.py compares it with the C++ through TensorRT's parser."""
 
+from dataclasses import replace
+
 from keysieve.kernels.triton.configuration import KernelConfiguration
 from keysieve.plugins.contract import SCORE, SELECT, UPDATE
 from keysieve.plugins.tensorrt.twin import aliased_inputs, input_types, output_shapes, output_types, select_workspace
@@ -35,4 +37,6 @@ def test_select_shares_by_scope() -> None:
 
 def test_workspace_is_that_of_the_host_test() -> None:
     model = KernelConfiguration(3, 4, 2, 16, 24, 16, "float16", sinks=2, recent=8)
-    assert select_workspace(model, 5, 100) == 1024 + 12032  # host_test.cpp expects the same of the C++
+    # host_test.cpp expects the same of the C++.
+    assert select_workspace(model, 5, 100) == 12032
+    assert select_workspace(replace(model, scope="per_head"), 5, 100) == 1024 + 4096

@@ -1,7 +1,7 @@
 """Small inputs for each GPU kernel, launched from its PTX and compared with the reference in torch."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 from keysieve.kernels import reference
 from keysieve.kernels.reference.select import STD_FLOOR
 from keysieve.kernels.triton.aot import Artifact
-from keysieve.kernels.triton.configuration import KernelConfiguration
+from keysieve.kernels.triton.configuration import KernelConfiguration, needs_stats
+from keysieve.kernels.triton.variants import LIMIT, Grid
 
 from .machine import Array, Device, Report
 from .parse import parse
@@ -24,13 +25,20 @@ class Case:
     batch: int
     capacity: int
 
-    def run(self, artifact: Artifact, ptx: str | None = None, seed: int = 0, **options: int) -> Report:
-        """Launch the artefact, or other PTX in its place, and check. Raises PtxError or AssertionError."""
+    def run(
+        self, artifact: Artifact, ptx: str | None = None, seed: int = 0, most: int | None = None, **options: int
+    ) -> Report:
+        """Launch the artefact, or other PTX in its place, and check. Raises PtxError or AssertionError.
+
+        most: of blocks, in place of the artefact's own number, where it bounds them at all.
+        """
         device = Device(seed)
         arguments, check = self.fill(device)
-        rows = artifact.grid_rows
-        grid = (-(-self.capacity // rows) if rows else artifact.grid_x, artifact.grid_y, artifact.grid_z * self.batch)
-        report = device.launch(parse(ptx or artifact.ptx), grid, arguments, artifact.shared, **options)
+        grid = Grid(artifact.grid_cells, artifact.grid_rows, artifact.grid_most)
+        if most is not None and grid.most < LIMIT:
+            grid = replace(grid, most=most)
+        blocks = grid.of(self.batch, self.capacity)
+        report = device.launch(parse(ptx or artifact.ptx), blocks, arguments, artifact.shared, **options)
         check()
         return report
 
@@ -73,7 +81,7 @@ def score_case(model: KernelConfiguration, length: Tensor, limit: Tensor, capaci
         def check() -> None:
             assert (scores.held == written).all(), "scores: other rows are written than those held"
             error = np.abs(scores.values - expected.numpy())[np.broadcast_to(written, scores.held.shape)]
-            assert error.max() < 1e-4, f"score error {error.max()}"
+            assert error.max(initial=0.0) < 1e-4, f"score error {error.max()}"
 
         return [*placed, scores, batch, capacity], check
 
@@ -82,7 +90,11 @@ def score_case(model: KernelConfiguration, length: Tensor, limit: Tensor, capaci
 
 @dataclass
 class Selection:
-    """Inputs of select with ties, infinities and NaN among the scores; integers [B]."""
+    """Inputs of select with infinities and NaN among the scores; integers [B].
+
+    The first sequence's scores are spread more widely in its later rows, each head's by another factor; those of the
+    others are 0 or 1, so that rows near the end tie with the last one that stays.
+    """
 
     model: KernelConfiguration
     length: Tensor
@@ -93,7 +105,9 @@ class Selection:
 
     def __post_init__(self) -> None:
         heads = (self.model.layers, len(self.length), self.model.query_heads)
-        self.scores = (torch.randn(*heads, self.capacity) * 16).round() / 16
+        self.scores = (torch.rand(*heads, self.capacity) < 0.1).float()
+        self.scores[:, 0] = torch.randn(heads[0], heads[2], self.capacity)
+        self.scores[:, 0, :, self.capacity // 2 :] *= 2 ** torch.arange(1.0, heads[2] + 1)[:, None]
         for first, value in ((5, torch.inf), (7, -torch.inf), (11, torch.nan)):
             self.scores[..., first::37] = value
         self.due = (self.length >= self.limit).numpy()
@@ -144,7 +158,8 @@ def plan_case(inputs: Selection) -> Case:
 
     def fill(device: Device) -> tuple[list[Array | int], Callable[[], None]]:
         scores, *placed = inputs.place(device, "scores", "length", "limit", "budget", "pinned")
-        stats = device.array("stats", inputs.stats().numpy(), inputs.due[None, :, None, None], constant=True)
+        known = inputs.due[None, :, None, None] & needs_stats(model.scope)
+        stats = device.array("stats", inputs.stats().numpy(), known, constant=True)
         shape = tuple(expected[0].shape)
         ranks, plan = device.empty("ranks", shape, "u4"), device.empty("plan", shape, "i4")
         keep, evicted = device.empty("keep", shape[1:2], "i4"), device.empty("evicted", shape[1:2], "i4")
@@ -166,7 +181,10 @@ def plan_case(inputs: Selection) -> Case:
 def update_case(
     model: KernelConfiguration, length: Tensor, keep: Tensor, capacity: int, tokens: int, layer: int = 0
 ) -> Case:
-    """A random plan of `keep` of the `length` rows (-1: not due), then `tokens` new rows."""
+    """A random plan of `keep` of the `length` rows (-1: not due), then `tokens` new rows.
+
+    The new keys lie in memory as [B,S,Hkv,D], as a projection leaves them; the new values as [B,Hkv,S,Dv].
+    """
     batch, dtype = len(length), getattr(torch, model.dtype)
     plan = torch.zeros(model.plan_layers, batch, model.plan_heads, capacity, dtype=torch.int32)
     for cell in np.ndindex(plan.shape[:3]):
@@ -178,10 +196,12 @@ def update_case(
     new = {name: torch.randn(batch, model.kv_heads, tokens, width).to(dtype) for name, width in widths.items()}
     old = {name: torch.randn(batch, model.kv_heads, capacity, width).to(dtype) for name, width in widths.items()}
     expected = reference.update(*new.values(), length, plan, keep, *old.values(), layer)
+    stored = {"key": new["key"].transpose(1, 2).contiguous(), "value": new["value"]}
+    strides = [*stored["key"].transpose(1, 2).stride()[:3], *stored["value"].stride()[:3]]
     end = torch.where(keep >= 0, keep, length) + tokens
 
     def fill(device: Device) -> tuple[list[Array | int], Callable[[], None]]:
-        placed = [device.array(f"new {name}", bits(x), constant=True) for name, x in new.items()]
+        placed = [device.array(f"new {name}", bits(x), constant=True) for name, x in stored.items()]
         placed.append(device.array("length", length.numpy(), constant=True))
         planned = held_rows(keep.clamp(min=0), capacity)[None, :, None, :]
         placed.append(device.array("plan", plan.numpy(), planned, constant=True))
@@ -196,6 +216,6 @@ def update_case(
                 # Rows past the end are stale, not changed.
                 assert ((cache.values == bits(before)) | valid).all(), f"{name}: rows past the end are changed"
 
-        return [*placed, *caches, batch, capacity, tokens, model.plan_layers, layer], check
+        return [*placed, *caches, batch, capacity, tokens, model.plan_layers, layer, *strides], check
 
     return Case(fill, batch, capacity)

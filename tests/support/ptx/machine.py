@@ -253,6 +253,11 @@ class _Blocks:
         full[:, lanes] = values
         return full
 
+    def prefetch(self, address: np.ndarray, mask: np.ndarray | None) -> None:
+        """What a kernel asks for ahead must be there to be read, or it would be asked for in vain."""
+        lanes, memory, start = self._place("global", address, 1, mask)
+        memory.check_held(start, self._actors(lanes))
+
     def store(
         self, space: str, address: np.ndarray, size: int, values: tuple[np.ndarray, ...], mask: np.ndarray | None
     ) -> None:

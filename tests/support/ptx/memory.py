@@ -66,14 +66,21 @@ class Memory:
     def load(self, start: np.ndarray, size: int, count: int, who: Actors) -> np.ndarray:
         """Lanes read `count` values of `size` bytes from byte start [n]: [count, n] unsigned."""
         entries = self._entries(start, size * count, who)
-        state = self.state[entries]
-        if (state == _POISON).any():
-            raise PtxError(f"reads {self._where(entries, state == _POISON, who)}, which nobody has written")
-        if (state != _CONSTANT).any():
+        if (self._held_state(entries, who) != _CONSTANT).any():
             self._read_is_ordered(entries, who)
         if self.counts:
             self._count(start, size * count, who, "read")
         return self.data.view(_UINT[size])[start // size + np.arange(count)[:, None]]
+
+    def check_held(self, start: np.ndarray, who: Actors) -> None:
+        """Raise PtxError unless the bytes at `start` [n] may be read; they are not."""
+        self._held_state(self._entries(start // self.granule * self.granule, self.granule, who), who)
+
+    def _held_state(self, entries: np.ndarray, who: Actors) -> np.ndarray:
+        state = self.state[entries]
+        if (state == _POISON).any():
+            raise PtxError(f"reads {self._where(entries, state == _POISON, who)}, which nobody has written")
+        return state
 
     def store(self, start: np.ndarray, size: int, values: np.ndarray, who: Actors) -> None:
         """Lanes write values [count, n] of `size` bytes to byte start [n]."""

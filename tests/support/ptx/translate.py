@@ -223,6 +223,11 @@ class _Translation:
         values = ", ".join(self.read(source, f"u{size}") for source in sources)
         return [f"X.store({where}, {size}, ({values},), M)"]
 
+    def _prefetch(self) -> list[str]:
+        if self.opcode[1:] != ("global", "L2"):
+            raise self.unknown()
+        return [f"X.prefetch({self._address(self.operands[0])}, M)"]
+
     def _shfl(self) -> list[str]:
         target, _, valid = str(self.operands[0]).partition("|")
         value, by, clamp, members = (self.read(operand, "u4") for operand in self.operands[1:])

@@ -30,14 +30,15 @@ def attention(
     chunk: it sees those of its own chunk, which starts at a multiple of that many tokens; softcap; 0 for none of each.
     """
     if not (window or chunk or softcap or sinks is not None or mask is not None):
-        return torch.nn.functional.scaled_dot_product_attention(
+        result = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=True
         )
+        return result.contiguous()  # its strides depend on the kernel that torch chose
     rows = torch.arange(query.shape[2], device=query.device)
     seen = reference.visible(rows[:, None], rows, window, chunk)[None, None]
     if mask is not None:
         seen = seen & mask
-    return reference.attend(query, key, value, seen, scale, softcap, sinks)
+    return reference.attend(query, key, value, seen, scale, softcap, sinks).contiguous()
 
 
 @attention.register_fake
@@ -46,26 +47,36 @@ def _(query, key, value, sinks, mask, scale, window, chunk, softcap, layer):  # 
 
 
 @custom_op("keysieve::attend", mutates_args=())
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Attention over the cache: query [B,Hq,S,D], key/value [B,Hkv,C,D], mask [B,1,S,C] bool -> [B,Hq,S,Dv]."""
-    return reference.attend(query, key, value, mask, scale)
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first: Tensor | None,
+    last: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Attention over the cache, see keysieve.kernels.reference.attend_rows: query [B,Hq,S,D] -> [B,Hq,S,Dv]."""
+    return reference.attend_rows(query, key, value, first, last, scale, softcap, sinks)
 
 
 @attend.register_fake
-def _(query, key, value, mask, scale):  # type: ignore[no-untyped-def]
-    return query.new_empty(*query.shape[:3], value.shape[3])
+def _(query, key, value, first, last, sinks, scale, softcap):  # type: ignore[no-untyped-def]
+    batch, heads, tokens, _ = query.shape
+    return query.new_empty(batch, tokens, heads, value.shape[3]).transpose(1, 2)
 
 
 @custom_op("keysieve::causal_conv", mutates_args=())
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, layer: int) -> Tensor:
     """A convolution of each channel over its past, as captured: x [B,C,S], weight [C,K], bias [C] -> [B,C,S]."""
     past = torch.nn.functional.pad(x, (weight.shape[1] - 1, 0))
-    return torch.nn.functional.conv1d(past, weight[:, None], bias, groups=weight.shape[0])
+    return torch.nn.functional.conv1d(past, weight[:, None], bias, groups=weight.shape[0]).contiguous()
 
 
 @causal_conv.register_fake
 def _(x, weight, bias, layer):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 @custom_op("keysieve::linear_attention", mutates_args=())
@@ -82,7 +93,8 @@ def linear_attention(
     """See keysieve.kernels.reference.linear_attention; captured without a state, which is zeros then."""
     if state is None:
         state = query.new_zeros(*key.shape[:2], key.shape[3], value.shape[3], dtype=torch.float32)
-    return reference.linear_attention(query, key, value, decay, rate, state, bool(delta))
+    read, last = reference.linear_attention(query, key, value, decay, rate, state, bool(delta))
+    return read.contiguous(), last.contiguous()
 
 
 @linear_attention.register_fake
@@ -90,6 +102,17 @@ def _(query, key, value, decay, rate, state, delta, layer):  # type: ignore[no-u
     batch, heads, _, key_dim = key.shape
     new = value.new_empty
     return new(value.shape, dtype=torch.float32), new(batch, heads, key_dim, value.shape[3], dtype=torch.float32)
+
+
+@custom_op("keysieve::grouped_matmul", mutates_args=())
+def grouped_matmul(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """See keysieve.kernels.reference.grouped_matmul; a run needs no transformers, whose operation captures hold."""
+    return reference.grouped_matmul(rows, weight, ends)
+
+
+@grouped_matmul.register_fake
+def _(rows, weight, ends):  # type: ignore[no-untyped-def]
+    return rows.new_empty(rows.shape[0], weight.shape[2])
 
 
 @custom_op("keysieve::update", mutates_args=())

@@ -1,0 +1,1 @@
+"""The check of everything that needs an NVIDIA GPU; `python benchmarks/gpu/run.py --help`."""
