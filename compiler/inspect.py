@@ -115,7 +115,8 @@ def report_of(model: "PreTrainedModel", matched: Matched, eviction: EvictionConf
     layers.sort(key=lambda layer: layer.layer)
     architecture = (model.config.architectures or [type(model).__name__])[0]
     classes = uniform([rope.attention.kv_heads for rope in matched.ropes]).entries()
-    content = {**cache_layout(matched.attentions), "classes": classes}
+    cached = [rope.attention for rope in matched.ropes] + matched.windowed  # the others were found and not matched
+    content = {**cache_layout(sorted(cached, key=lambda attention: attention.layer)), "classes": classes}
     caches, bytes_of = _caches(content, asdict(eviction)), _kv_bytes(content, asdict(eviction), dtype)
     return Report(
         architecture, layers, bytes_of[0], eviction.budget, bytes_of[1], dtype, {}, asdict(eviction), caches=caches

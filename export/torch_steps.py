@@ -37,6 +37,7 @@ def export(program: ExportedProgram, translations: Mapping[Callable[..., Any], C
     for target, function in translations.items():
         registry.register_op(target, function)
     program = _decomposed(program, registry)
+    _write_as_floats(program.graph)
     _promote(program.graph_module)
     model = _exported_program_to_onnx_program(program, registry=registry).model
     version_converter.convert_version(model, OPSET, fallback=True)
@@ -103,6 +104,17 @@ def _keeps_dtype(node: Node) -> bool:
     tensors = [value for argument, value in arguments if not argument.name.startswith("ind")]
     dtypes = {value.meta["val"].dtype for value in tensors if isinstance(value, Node) and "val" in value.meta}
     return len(dtypes) == 1
+
+
+def _write_as_floats(graph: torch.fx.Graph) -> None:
+    """x + 1 becomes x + 1.0 where x holds floats: the same, and torch 2.11 stumbles when it promotes a weight's 1."""
+    aten = torch.ops.aten
+    arithmetic = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
+    for node in graph.nodes:
+        if node.target in arithmetic and type(node.args[1]) is int and isinstance(node.args[0], Node):
+            value = node.args[0].meta.get("val")
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                node.update_arg(1, float(node.args[1]))
 
 
 class _Promotion(_TypePromotionInterpreter):

@@ -41,7 +41,8 @@ def test_compiled_whole(name: str, tmp_path: Path) -> None:
     model.set_attn_implementation("eager")  # leaves nothing out: in older transformers sdpa has no softcap
     with torch.no_grad():
         wanted = model(input_ids=torch.tensor([TOKENS]), use_cache=False).logits[0].numpy()
-    rounding = 2 * ROUNDING if engine.manifest["states"] else ROUNDING
+    # With states the model itself is 2 * ROUNDING from what it gives in float64, and the engine half of ROUNDING.
+    rounding = 3 * ROUNDING if engine.manifest["states"] else ROUNDING
     found = logits_of(engine.session(dense=True, capacity=len(TOKENS)))
     np.testing.assert_allclose(found, wanted, atol=rounding, rtol=0)
     assert (found.argmax(-1) == wanted.argmax(-1)).all()

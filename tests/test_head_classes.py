@@ -17,6 +17,7 @@ from keysieve.compiler.inspect import inspect
 from keysieve.compiler.progress import Progress
 from support.families import family_model
 from support.head_shares import random_shares, save_shares
+from support.layer_rope import LayerRope, layer_ropes
 from support.masked_reference import MaskedReference
 from support.sessions import CHUNK
 from support.tiny_models import VOCABULARY, save_model
@@ -62,6 +63,17 @@ def of_heads(engine: Engine) -> tuple[list[list[int]], list[int]]:
     return [[heads[head] for head in sorted(heads)] for heads in found.values()], budgets
 
 
+def starting_centres(file: Path, ropes: list[LayerRope]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The mean queries, with pairs where the reference has them: a model may move them before it rotates."""
+    found = []
+    for layer, rope in zip(statistics_file.load(file).layers, ropes, strict=True):
+        mean = layer.q_mean.copy()
+        real, imaginary = layer.rope.pairs
+        mean[:, rope.first], mean[:, rope.second] = layer.q_mean[:, real], layer.q_mean[:, imaginary]
+        found.append((mean, layer.q_abs))
+    return found
+
+
 def logits(engine: Engine) -> tuple[np.ndarray, object]:
     """Of TEXT, in chunks and then token by token."""
     session = engine.session(capacity=KEPT.budget + KEPT.interval + CHUNK)
@@ -80,7 +92,7 @@ def test_the_engine_is_the_reference(folder: Path, name: str) -> None:
     classes, budgets = of_heads(engine)
     assert len(set(budgets)) > 1
     pairing = {"glm": "interleaved", "deepseek_v3": "half_split, last"}.get(name, "half_split")
-    start = [(layer.q_mean, layer.q_abs) for layer in statistics_file.load(folder / f"{name}.safetensors").layers]
+    start = starting_centres(folder / f"{name}.safetensors", layer_ropes(family_model(name), pairing))
     reference = MaskedReference(family_model(name), start, KEPT, pairing=pairing, classes=(classes, budgets))
     steps = [TEXT[at : at + CHUNK] for at in range(0, 96, CHUNK)] + [[token] for token in TEXT[96:]]
     expected = torch.cat([reference.feed([tokens])[0] for tokens in steps]).numpy()

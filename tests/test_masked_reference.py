@@ -70,7 +70,7 @@ def test_without_eviction_the_logits_are_the_plain_models(name: str) -> None:
     ids = tokens(120)
     reference = MaskedReference(model, statistics(model), EvictionConfig(budget=200))
     got = reference.prefill([ids[:90]], chunk=32) + reference.feed([ids[90:95]]) + reference.decode([ids[95:]])
-    torch.testing.assert_close(torch.cat(got), plain_logits(model, ids), atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.cat(got), plain_logits(model, ids), atol=3e-5, rtol=0)
     assert (reference.rounds, reference.rows_evicted, reference.rows_held) == ([0], [0], [120])
 
 

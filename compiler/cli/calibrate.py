@@ -50,7 +50,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--gates",
-        action="store_true",
+        action=BooleanOptionalAction,
+        default=False,
         help="learn the heads' shares of the budget and gates, too, for compile --heads classes (minutes more)",
     )
     parser.add_argument(

@@ -69,7 +69,8 @@ def layer_ropes(model: PreTrainedModel, pairing: str | None = None) -> list[Laye
     kind = {} if name == "inv_freq" else {"layer_type": "full_attention"}
     inv_freq = getattr(rotary, name)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    head_dim = getattr(config, "qk_head_dim", head_dim)
+    if getattr(config, "qk_nope_head_dim", None):  # latent attention; its head_dim may be the rotated part alone
+        head_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
     bands = np.arange(len(inv_freq))
     first = bands if pairing == "half_split" else 2 * bands
     second = bands + len(bands) if pairing == "half_split" else 2 * bands + 1
