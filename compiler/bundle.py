@@ -20,7 +20,7 @@ PROGRAM = "program.json"  # of the target torch, and its weights
 WEIGHTS = "model.safetensors"
 STATISTICS = "stats.safetensors"
 STATE = "state.safetensors"
-FORMAT = 4
+FORMAT = 5
 REQUIRED = (
     "format",
     "keysieve",
@@ -36,6 +36,7 @@ REQUIRED = (
     "caches",
     "windows",
     "states",
+    "row_states",
     "plans",
     "classes",
     "vocab_size",

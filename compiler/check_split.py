@@ -11,8 +11,6 @@ router of experts can turn rounding into more, where two experts are as good for
 every text shows one.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -20,11 +18,12 @@ from torch.fx import Node
 from keysieve.errors import MatchError
 from keysieve.passes.check_sizes import check_sizes
 from keysieve.passes.graph import Graph
+from keysieve.plugins.contract import ROW_STATES
 
 STEPS = (21, 27)  # tokens
 TEXTS = 3
 TOLERANCE = 1e-3  # of what tells the tokens apart; rounding leaves 1e-6
-UNTOUCHED = ("plan", "keep", "centre", "magnitude")  # state that matters only when something is evicted
+UNTOUCHED = ("plan", "keep", "centre", "magnitude", *ROW_STATES)  # state that matters only when something is evicted
 
 
 def check_split(graph: Graph, numbers: list[int]) -> None:
@@ -95,9 +94,9 @@ def _read(graph: Graph, steps: list[Tensor], watched: list[Node]) -> list[list[T
 
 def _start(graph: Graph, node: Node) -> Tensor:
     """Zeros for one sequence, with room for the whole text; no plan waits."""
-    batch, dtype = str(graph.shape(graph.inputs["input_ids"])[0]), node.meta["val"].dtype
-    sizes: list[Any] = [1 if str(size) == batch else size for size in graph.shape(node)]
-    shape = [size if isinstance(size, int) else sum(STEPS) for size in sizes]
+    dtype = node.meta["val"].dtype
+    numbers = {size.node.expr: 1 if name == "batch" else sum(STEPS) for name, size in graph.sizes.items()}
+    shape = [size if isinstance(size, int) else int(size.node.expr.subs(numbers)) for size in graph.shape(node)]
     return torch.full(
         shape, -1 if node.name.startswith("keep") else 0, dtype=torch.float32 if dtype.is_floating_point else dtype
     )

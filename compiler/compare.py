@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from keysieve.compiler.config import TERMS
 from keysieve.compiler.engine import Engine, load
 from keysieve.compiler.progress import Progress
 from keysieve.compiler.runtimes import Session
@@ -108,6 +109,8 @@ def compare(
 def policy_name(policy: Mapping[str, Any]) -> str:
     """The policy as reports name it: online centres and switched-off terms are part of the name."""
     name = str(policy["name"])
+    if name == "sieve":
+        return name if tuple(policy["terms"]) == TERMS else f"{name}-{'-'.join(policy['terms'])}"
     if name != "triattention":
         return name
     name += "-online" if policy["centres"] == "online" else ""

@@ -175,7 +175,7 @@ def _head_classes(eviction: EvictionConfig, matched: Matched, statistics: Statis
 def _initial_state(config: CompileConfig, matched: Matched, statistics: Statistics | None) -> dict[str, np.ndarray]:
     """Where online centres start: at the calibrated ones if statistics are given, else at zero."""
     policy = config.eviction.policy
-    if policy.name != "triattention" or policy.centres != "online" or not matched.ropes:
+    if not policy.trigonometric or policy.centres != "online" or not matched.ropes:
         return {}
     state = {}
     for group in matched.groups:

@@ -7,7 +7,8 @@ from typing import Any
 from keysieve.errors import ConfigError
 from keysieve.kernels import SCOPES
 
-POLICIES = ("triattention", "streaming", "key-norm", "random")
+POLICIES = ("sieve", "triattention", "streaming", "key-norm", "random")
+TERMS = ("trig", "gate")
 CENTRES = ("calibrated", "online")
 HEADS = ("uniform", "classes")
 PROMPTS = ("evictable", "pinned")
@@ -26,20 +27,29 @@ def _choose(name: str, value: str, allowed: tuple[str, ...]) -> None:
 class PolicyConfig:
     """How a key's importance is scored.
 
-    centres: "calibrated" takes the query centres from a statistics file, "online" keeps them as run-time state.
-    aggregation over the future offsets 1, 2, 4, ..., offset_max; trig and norm switch the two terms of the score.
+    sieve adds terms: trig, the score of triattention, and gate, what the learned gates foretell.
+    centres: "calibrated" takes the query centres from a statistics file, "online" keeps them as run-time state; None:
+    online for sieve, else calibrated. aggregation over the future offsets 1, 2, 4, ..., offset_max; trig and norm
+    switch the two terms of the series.
     """
 
     name: str = "triattention"
-    centres: str = "calibrated"
+    centres: str | None = None
     aggregation: str = "mean"
     offset_max: int = 4096
     trig: bool = True
     norm: bool = True
+    terms: tuple[str, ...] = TERMS
 
     def __post_init__(self) -> None:
         _choose("policy", self.name, POLICIES)
-        _choose("centres", self.centres, CENTRES)
+        if self.centres is None:
+            object.__setattr__(self, "centres", "online" if self.name == "sieve" else "calibrated")
+        _choose("centres", str(self.centres), CENTRES)
+        for term in self.terms:
+            _choose("term", term, TERMS)
+        if not self.terms:
+            raise ConfigError(f"there are no terms, so nothing is left to score; choose some of {', '.join(TERMS)}")
         _choose("aggregation", self.aggregation, ("mean", "max"))
         if self.offset_max < 1 or self.offset_max & (self.offset_max - 1):
             raise ConfigError(f"offset_max {self.offset_max} must be a power of two, such as 4096")
@@ -51,8 +61,17 @@ class PolicyConfig:
         return [1 << n for n in range(self.offset_max.bit_length())]
 
     @property
+    def trigonometric(self) -> bool:
+        """Whether keys are scored by the series in their distance."""
+        return self.name == "triattention" or (self.name == "sieve" and "trig" in self.terms)
+
+    @property
+    def gated(self) -> bool:
+        return self.name == "sieve" and "gate" in self.terms
+
+    @property
     def needs_statistics(self) -> bool:
-        return self.name == "triattention" and self.centres == "calibrated"
+        return self.gated or (self.trigonometric and self.centres == "calibrated")
 
 
 @dataclass(frozen=True)
@@ -60,7 +79,8 @@ class EvictionConfig:
     """What is kept. budget counts every row held after an eviction: sinks, recent and pinned rows included.
 
     heads: "uniform" gives every KV head as many rows as budget says; "classes" gives them by their shares in the
-    statistics, as many on average, in at most head_classes classes of heads that have the same.
+    statistics, as many on average, in at most head_classes classes of heads that have the same. None: classes for a
+    policy with gates, whose statistics have shares, too.
     """
 
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -70,12 +90,15 @@ class EvictionConfig:
     recent: int = 128
     scope: str = "per_layer_per_head"
     prompt: str = "evictable"
-    heads: str = "uniform"
+    heads: str | None = None
     head_classes: int = 4
 
     def __post_init__(self) -> None:
         _choose("scope", self.scope, SCOPES)
-        _choose("heads", self.heads, HEADS)
+        if self.heads is None:
+            classes = self.policy.gated and self.scope == "per_layer_per_head"
+            object.__setattr__(self, "heads", "classes" if classes else "uniform")
+        _choose("heads", str(self.heads), HEADS)
         _choose("prompt", self.prompt, PROMPTS)
         for name, least in (("budget", 1), ("interval", 1), ("sinks", 0), ("recent", 0), ("head_classes", 1)):
             if getattr(self, name) < least:
@@ -142,9 +165,16 @@ class CompileConfig:
             )
         self._check_storage()
         policy = self.eviction.policy
+        if policy.gated and self.target in ON_TENSORRT:
+            raise ConfigError(f"the gate is not on {self.target} yet; choose --terms trig or --policy triattention")
+        if policy.gated and self.stats is None:
+            raise ConfigError(
+                "policy sieve needs the gates of a statistics file: give --stats FILE (made by `keysieve calibrate "
+                "MODEL -o FILE --gates`), or choose --terms trig"
+            )
         if policy.needs_statistics and self.stats is None:
             raise ConfigError(
-                "policy triattention with calibrated centres needs a statistics file: give --stats FILE "
+                f"policy {policy.name} with calibrated centres needs a statistics file: give --stats FILE "
                 "(made by `keysieve calibrate MODEL -o FILE`), or use --centres online"
             )
         if self.eviction.heads == "classes" and self.stats is None:
@@ -152,7 +182,7 @@ class CompileConfig:
                 "head budgets follow the shares of the heads in a statistics file: give --stats FILE (made by "
                 "`keysieve calibrate MODEL -o FILE --gates`), or leave --heads out"
             )
-        if self.stats is not None and policy.name != "triattention" and self.eviction.heads == "uniform":
+        if self.stats is not None and not (policy.trigonometric or policy.gated) and self.eviction.heads == "uniform":
             raise ConfigError(f"policy {policy.name} uses no statistics; leave --stats out")
 
     @property

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from keysieve.compiler.bundle import MODEL, PROGRAM, STATE, WEIGHTS, Bundle, open_bundle
-from keysieve.compiler.config import TARGETS
+from keysieve.compiler.config import TARGETS, PolicyConfig
 from keysieve.compiler.head_classes import class_budgets
 from keysieve.compiler.rows import MOST_ROWS, one_a_sequence
 from keysieve.compiler.runtimes import Runtime, Session
@@ -352,8 +352,8 @@ def _check_complete(bundle: Bundle) -> None:
     if target not in TARGETS:
         raise BundleError(f"{bundle.path} is of target {target!r}, which this keysieve does not know; compile it again")
     needed = [PROGRAM, WEIGHTS] if target == "torch" else [MODEL]
-    policy = eviction["policy"]
-    if policy["name"] == "triattention" and policy["centres"] == "online" and bundle.manifest["classes"]:
+    policy = PolicyConfig(**eviction["policy"])
+    if policy.trigonometric and policy.centres == "online" and bundle.manifest["classes"]:
         needed.append(STATE)
     missing = [name for name in needed if name not in bundle.manifest["files"]]
     if missing:

@@ -1,6 +1,6 @@
 """The pass list: capture -> find -> (taps for calibration | cache and eviction for the engine)."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from keysieve.compiler.capture import capture
@@ -9,10 +9,11 @@ from keysieve.compiler.head_classes import HeadClasses, uniform
 from keysieve.compiler.model import TORCH_DTYPES
 from keysieve.compiler.progress import Progress
 from keysieve.compiler.statistics import Statistics
-from keysieve.errors import MatchError
+from keysieve.errors import MatchError, StatisticsError
 from keysieve.passes.arrange_heads import arrange_heads
 from keysieve.passes.carry_states import State, carried_layers, carry_states
 from keysieve.passes.find_attention import find_attention
+from keysieve.passes.find_inputs import find_inputs
 from keysieve.passes.find_latents import find_latents
 from keysieve.passes.find_rope import find_rope
 from keysieve.passes.gather_logits import gather_logits
@@ -20,12 +21,13 @@ from keysieve.passes.graph import Graph
 from keysieve.passes.group_layers import Group, group_layers, group_parts
 from keysieve.passes.insert_cache import group_windows, insert_cache
 from keysieve.passes.insert_eviction import insert_eviction
+from keysieve.passes.insert_gates import Gate, check_gates, insert_gates
 from keysieve.passes.lower_attention import lower_attention
 from keysieve.passes.lower_complex import lower_complex
 from keysieve.passes.lower_fills import lower_fills
 from keysieve.passes.lower_positions import lower_positions
 from keysieve.passes.policies.parts import of_parts
-from keysieve.passes.policies.stateless import stateless
+from keysieve.passes.policies.stateless import alike, stateless
 from keysieve.passes.policies.triattention import (
     QueryCentres,
     TriAttention,
@@ -39,7 +41,7 @@ from keysieve.passes.rope_forms import lower_rope
 from keysieve.passes.split_heads import split_heads
 from keysieve.passes.tap_inputs import tap_inputs
 from keysieve.passes.tap_prerope import tap_only
-from keysieve.plugins.contract import plan_shape
+from keysieve.plugins.contract import ROW_STATES, plan_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -167,6 +169,7 @@ class EngineGraph:
     attentions: list[Attention]
     groups: list[Group]
     classes: HeadClasses
+    gated: bool = False
 
     def layout(self, scope: str) -> dict[str, Any]:
         """What a session allocates, of a manifest: caches and windows, plans, states, and the classes of heads."""
@@ -178,7 +181,21 @@ class EngineGraph:
             }
             for group in self.groups
         }
-        states = {"states": [asdict(state) for state in self.states], "classes": self.classes.entries()}
+        row_states = [
+            {
+                "name": f"{name}{group.suffix}",
+                "layers": len(group.matches),
+                "kv_heads": group.kv_heads,
+                "class": group.head_class,
+            }
+            for group in (self.groups if self.gated else [])
+            for name in ROW_STATES
+        ]
+        states = {
+            "states": [asdict(state) for state in self.states],
+            "row_states": row_states,
+            "classes": self.classes.entries(),
+        }
         return {**cache_layout(self.attentions), "plans": plans, **states}
 
 
@@ -193,6 +210,10 @@ def engine_graph(
     ropes = matched.require_all()
     classes = classes or uniform([rope.attention.kv_heads for rope in ropes])
     graph, policy = matched.graph, eviction.policy
+    hidden, gates = {}, {}
+    if policy.gated and ropes:
+        hidden, gates = find_inputs(graph, [rope.attention for rope in ropes]), learned_gates(statistics)
+        check_gates([rope.attention for rope in ropes], hidden, gates)
     gather_logits(graph)
     attentions, ropes = arrange_heads(graph, matched.attentions, ropes)
     layers = group_layers(ropes)
@@ -204,7 +225,7 @@ def engine_graph(
     engine = EngineGraph(graph, states, attentions, groups, classes)
     if not ropes:
         return engine
-    if policy.name == "triattention":
+    if policy.trigonometric:
         options = TriAttention(policy.offsets, policy.aggregation, policy.trig, policy.norm)
         check_rotation(ropes)
         online = policy.centres == "online"
@@ -213,10 +234,29 @@ def engine_graph(
             for group in layers
         ]
         inputs = [of_parts(graph, inputs[group.source], layers[group.source], group) for group in groups]
+    elif policy.gated:
+        inputs = [alike(graph, group) for group in groups]
     else:
         inputs = [stateless(graph, policy.name)] * len(groups)
-    insert_eviction(graph, cache, groups, inputs, eviction.scope, eviction.sinks, eviction.recent)
-    return engine
+    utility = insert_gates(graph, cache, groups, hidden, gates) if policy.gated else None
+    insert_eviction(graph, cache, groups, inputs, utility, eviction.scope, eviction.sinks, eviction.recent)
+    return replace(engine, gated=policy.gated)
+
+
+def learned_gates(statistics: Statistics | None) -> dict[int, Gate]:
+    """The gates of a statistics file by layer. Raises StatisticsError where it has none."""
+    layers = statistics.layers if statistics is not None else []
+    gates = {
+        layer.layer: Gate(layer.gate_weight, layer.gate_bias)
+        for layer in layers
+        if layer.gate_weight is not None and layer.gate_bias is not None
+    }
+    if not gates:
+        raise StatisticsError(
+            "policy sieve needs gates, which these statistics lack; `keysieve calibrate MODEL -o FILE --gates` learns "
+            "them, or choose --terms trig"
+        )
+    return gates
 
 
 def query_centres(statistics: Statistics | None, group: Group) -> QueryCentres:

@@ -64,6 +64,10 @@ class Session:
             for name, width in (("key", cache["head_dim"]), ("value", cache["value_dim"])):
                 shape = (batch, cache["kv_heads"], self._rows.of_cache(cache), width)
                 self._caches[f"{name}_{cache['name']}"] = binding.zeros(shape, manifest["kv_dtype"])
+        for rows in manifest["row_states"]:
+            held = self._rows.capacities[rows["class"]]
+            shape = (rows["layers"] * batch, rows["kv_heads"], held, 1)
+            self._caches[rows["name"]] = binding.zeros(shape, "float32")
         start = {f"window_length_{index}": np.zeros(batch, np.int32) for index in range(len(manifest["windows"]))}
         for state in manifest["states"]:
             start[state["name"]] = np.zeros((batch, *state["shape"]), np.float32)

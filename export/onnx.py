@@ -88,12 +88,12 @@ def _functions(graph: Graph) -> list[FunctionProto]:
     for index, (score, select) in enumerate(zip(scores, selects, strict=True)):
         centre, keys = score.args[3], score.args[5]
         policy, query_heads, rotary_dim, interleaved = score.args[6:]
-        scope, kv_heads, sinks, recent = select.args[5:]
+        scope, kv_heads, sinks, recent, *utility = select.args[5:]
         layers = len(keys)  # type: ignore[arg-type]
         rows = int(graph.shape(centre)[3])  # type: ignore[arg-type]
         made = [
             score_function(layers, query_heads, kv_heads, policy, rotary_dim, bool(interleaved), rows),  # type: ignore[arg-type]
-            select_function(layers, kv_heads, scope, sinks, recent),  # type: ignore[arg-type]
+            select_function(layers, kv_heads, scope, sinks, recent, bool(utility)),  # type: ignore[arg-type]
         ]
         for function in made:
             function.overload = _overload(index, len(scores))
@@ -118,7 +118,7 @@ def _choose_overloads(model: ir.Model) -> None:
 
 
 def _translations(inline: bool) -> dict[Callable[..., Any], Callable[..., Any]]:
-    update, select, linear_attention = (_plugin_op(node) for node in (UPDATE, SELECT, LINEAR_ATTENTION))
+    update, linear_attention = (_plugin_op(node) for node in (UPDATE, LINEAR_ATTENTION))
     common = {"plugin_namespace": NAMESPACE}
 
     def attend(query: Any, key: Any, value: Any, mask: Any, *_: Any, scale: float, **__: Any) -> Any:
@@ -170,9 +170,11 @@ def _translations(inline: bool) -> dict[Callable[..., Any], Callable[..., Any]]:
         kv_heads: int,
         sinks: int,
         recent: int,
+        utility: Any = None,
     ) -> Any:
-        return select(
-            scores, length, limit, budget, pinned,
+        tensors = [value for value in (scores, length, limit, budget, pinned, utility) if value is not None]
+        return _plugin_op(SELECT, inputs=len(tensors))(
+            *tensors,
             scope=scope, kv_heads=kv_heads, sinks=sinks, recent=recent, plugin_version=SELECT.version, **common,
         )  # fmt: skip
 
@@ -212,14 +214,15 @@ def _mixture_of_experts() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {library.grouped_mm_fallback.default: grouped_matmul} if hasattr(library, "grouped_mm_fallback") else {}
 
 
-def _plugin_op(node: PluginNode, layers: int = 0) -> values.Op:
-    """The node as an operator onnxscript can call, from its description in the contract.
+def _plugin_op(node: PluginNode, layers: int = 0, inputs: int | None = None) -> values.Op:
+    """The node as an operator onnxscript can call, from its description in the contract, with its first inputs alone.
 
     onnxscript takes a variadic last input for a repetition of all inputs, so it is written out for so many layers.
     """
     schema = onnx.defs.OpSchema
-    names = [[f"{p.name}_{layer}" for layer in range(layers)] if p.variadic else [p.name] for p in node.inputs]
-    inputs = [schema.FormalParameter(name, f"T{name}") for group in names for name in group]
+    ports = node.inputs[:inputs]
+    names = [[f"{p.name}_{layer}" for layer in range(layers)] if p.variadic else [p.name] for p in ports]
+    parameters = [schema.FormalParameter(name, f"T{name}") for group in names for name in group]
     outputs = [schema.FormalParameter(p.name, f"T{p.name}") for p in node.outputs]
     types = {int: schema.AttrType.INT, str: schema.AttrType.STRING}
     attributes = {**node.attributes, "plugin_version": str, "plugin_namespace": str}
@@ -230,9 +233,9 @@ def _plugin_op(node: PluginNode, layers: int = 0) -> values.Op:
             node.name,
             DOMAIN,
             1,
-            inputs=inputs,
+            inputs=parameters,
             outputs=outputs,
-            type_constraints=[(parameter.type_str, TENSOR_TYPES, "") for parameter in (*inputs, *outputs)],
+            type_constraints=[(parameter.type_str, TENSOR_TYPES, "") for parameter in (*parameters, *outputs)],
             attributes=[schema.Attribute(name, types[kind]) for name, kind in attributes.items()],
         ),
     )

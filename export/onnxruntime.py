@@ -42,7 +42,9 @@ def export_for_onnxruntime(model: Path, output: Path, attentions: Sequence[Atten
     fused = 0
     for node in [node for node in graph if node.domain == DOMAIN and node.op_type == UPDATE.name]:
         name = node.inputs[5].name  # type: ignore[union-attr]
-        attention = next(attention for attention in attentions if name == f"key_{attention.cache}")
+        attention = next((attention for attention in attentions if name == f"key_{attention.cache}"), None)
+        if attention is None:  # row states, which nothing attends to
+            continue
         fused += not attention.chunk and _fuse_attention(graph, node, attention)
     for node in graph:
         node.overload = ""  # the library's ops serve every shape

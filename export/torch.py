@@ -62,8 +62,15 @@ def _size_names(graph: Graph) -> dict[str, str]:
 
 def _input(name: str, node: Node, sizes: dict[str, str]) -> dict[str, Any]:
     value = node.meta["val"]
-    shape = [size if isinstance(size, int) else sizes[str(size)] for size in value.shape]
+    shape = [size if isinstance(size, int) else _size(size, sizes) for size in value.shape]
     return {"name": name, "shape": shape, "dtype": _name(value.dtype)}
+
+
+def _size(size: Any, names: dict[str, str]) -> str | list[int | str]:
+    """The name of a size, or [n, name] for n times that."""
+    factor, symbol = size.node.expr.as_coeff_Mul()
+    name = names[str(symbol)]
+    return name if factor == 1 else [int(factor), name]
 
 
 def _weights(graph: Graph) -> tuple[dict[str, str], dict[str, torch.Tensor]]:

@@ -54,7 +54,7 @@ def _score_and_select(graph: Graph, score: Node, select: Node) -> None:
         scores = graph.call(ops.score_at.default, *given, keys, addresses, policy, query_heads, rotary_dim, interleaved)
     score.replace_all_uses_with(scores)
     graph.fx.erase_node(score)
-    tensors, constants = select.args[:5], select.args[5:]
+    tensors, constants = select.args[:5], select.args[5:]  # the utility, if there is one, comes last
     with graph.before(select):
         made = graph.call(ops.select_.default, *tensors, plan, *constants)
         keep, evicted = graph.item(made, 0), graph.item(made, 1)

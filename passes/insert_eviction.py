@@ -17,11 +17,19 @@ from keysieve.passes.policies import ScoreInputs
 
 
 def insert_eviction(
-    graph: Graph, cache: Cache, groups: list[Group], inputs: list[ScoreInputs], scope: str, sinks: int, recent: int
+    graph: Graph,
+    cache: Cache,
+    groups: list[Group],
+    inputs: list[ScoreInputs],
+    utility: list[Node] | None,
+    scope: str,
+    sinks: int,
+    recent: int,
 ) -> None:
     """Add the inputs pinned and, for each class, budget and limit [B] int32.
 
-    And the outputs keep_next and evicted of each class, and each group's plan.
+    And the outputs keep_next and evicted of each class, and each group's plan. inputs: by group; utility: of the rows
+    held (insert_gates), by group, or None.
     """
     batch, classes = graph.shape(cache.count)[0], class_suffixes(groups)
     budget, limit = (
@@ -31,7 +39,7 @@ def insert_eviction(
     pinned = graph.input("pinned", (batch,), torch.int32)
     kept: dict[int, tuple[Node, Node]] = {}
     with graph.before(graph.output_node):
-        for group, keys, given in zip(groups, cache.keys, inputs, strict=True):
+        for index, (group, keys, given) in enumerate(zip(groups, cache.keys, inputs, strict=True)):
             each = group.head_class
             scores = graph.call(
                 torch.ops.keysieve.score.default,
@@ -41,6 +49,7 @@ def insert_eviction(
             selected = graph.call(
                 torch.ops.keysieve.select.default,
                 scores, cache.lengths[each], limit[each], budget[each], pinned, scope, group.kv_heads, sinks, recent,
+                *(utility[index : index + 1] if utility else ()),
             )  # fmt: skip
             graph.outputs[f"plan{group.suffix}_next"] = graph.item(selected, 0)
             kept[each] = graph.item(selected, 1), graph.item(selected, 2)

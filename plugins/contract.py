@@ -13,13 +13,17 @@ NAMESPACE = ""
 
 @dataclass(frozen=True)
 class Port:
-    """One input or output: its shape, dtype ("cache" is the model's dtype) and, for an output, what it aliases."""
+    """One input or output: its shape, dtype ("cache" is the model's dtype) and, for an output, what it aliases.
+
+    variadic: there may be several; optional: it may be left out. Both only at the end.
+    """
 
     name: str
     shape: str
     dtype: str
     alias: str | None = None
     variadic: bool = False
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,13 +73,14 @@ SCORE = PluginNode(
 
 SELECT = PluginNode(
     "KeySieveSelect",
-    "1",
+    "2",
     inputs=(
         Port("scores", "L,B,Hq,C", "float32"),
         Port("length", "B", "int32"),
         Port("limit", "B", "int32"),
         Port("budget", "B", "int32"),
         Port("pinned", "B", "int32"),
+        Port("utility", "L*B,Hkv,C,1", "float32", optional=True),
     ),
     outputs=(
         Port("plan", "Lp,B,Hp,C", "int32"),
@@ -86,6 +91,10 @@ SELECT = PluginNode(
 )
 
 NODES = (UPDATE, SCORE, SELECT)
+
+# What an engine with gates keeps of every row: how much attention the gate foretells, and the token's position.
+# They are "keys" and "values" of one number in a cache of their own, one for each plan.
+ROW_STATES = ("utility", "token")
 
 # Update, RoPE and attention in one node, for ONNX Runtime's library alone: model.onnx never holds it. cosine and sine
 # are left out where query and key come rotated; window and softcap are 0 for none. New tokens come first in shapes.

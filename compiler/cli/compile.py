@@ -16,6 +16,7 @@ from keysieve.compiler.config import (
     POLICIES,
     PROMPTS,
     TARGETS,
+    TERMS,
     WEIGHTS,
     CompileConfig,
     EvictionConfig,
@@ -27,8 +28,8 @@ from keysieve.kernels import SCOPES
 if TYPE_CHECKING:
     from keysieve.compiler.inspect import Report
 
-# Options that only triattention has: keyword of PolicyConfig -> option.
-TRIATTENTION = {
+# Options of the series in the distance: keyword of PolicyConfig -> option.
+TRIGONOMETRIC = {
     "centres": "--centres",
     "aggregation": "--aggregation",
     "offset_max": "--offset-max",
@@ -74,8 +75,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     kept.add_argument(
         "--heads",
         choices=HEADS,
-        help="classes: each KV head gets rows by its share in the statistics, the budget on average (default "
-        f"{EvictionConfig.heads})",
+        help="classes: each KV head gets rows by its share in the statistics, the budget on average (default uniform, "
+        "for sieve classes)",
     )
     kept.add_argument(
         "--head-classes",
@@ -84,11 +85,17 @@ def add_arguments(parser: ArgumentParser) -> None:
         help=f"how many budgets there are for heads, at most (default {EvictionConfig.head_classes})",
     )
     kept.add_argument("--stats", metavar="FILE", type=Path, help="statistics of `keysieve calibrate`")
-    score = parser.add_argument_group("policy triattention")
+    kept.add_argument(
+        "--terms",
+        metavar="TERM,...",
+        type=lambda value: tuple(value.split(",")),
+        help=f"of the sum by which sieve rates keys (default {','.join(TERMS)})",
+    )
+    score = parser.add_argument_group("policies triattention and sieve")
     score.add_argument(
         "--centres",
         choices=CENTRES,
-        help=f"online: measured while it runs, no statistics needed (default {PolicyConfig.centres})",
+        help="online: measured while it runs, no statistics needed (default calibrated, for sieve online)",
     )
     score.add_argument(
         "--offset-max",
@@ -150,12 +157,14 @@ def run(args: Namespace) -> int:
 
 def compile_config(args: Namespace) -> CompileConfig:
     """The config objects behind the options. Raises ConfigError for options that do not go together."""
-    policy = given(args, *TRIATTENTION)
+    policy = given(args, *TRIGONOMETRIC, "terms")
     name = args.policy or PolicyConfig.name
     if args.head_classes is not None and args.heads != "classes":
         raise UsageError("--head-classes says how many classes --heads classes makes; add that, or leave it out")
-    foreign = [option for keyword, option in TRIATTENTION.items() if keyword in policy]
-    if foreign and name != "triattention":
+    if "terms" in policy and name != "sieve":
+        raise UsageError(f"policy {name} has no --terms; leave it out, or use --policy sieve")
+    foreign = [option for keyword, option in TRIGONOMETRIC.items() if keyword in policy]
+    if foreign and not PolicyConfig(name, terms=policy.get("terms", TERMS)).trigonometric:
         raise UsageError(f"policy {name} does not use {', '.join(foreign)}; leave it out, or use triattention")
     kept = given(args, "budget", "interval", "sinks", "recent", "scope", "prompt", "heads", "head_classes")
     made = given(args, "dtype", "weights", "kv_dtype", "stats", "inline", "dump_graphs", "target")

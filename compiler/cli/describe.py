@@ -49,10 +49,12 @@ def policy_of(eviction: Mapping[str, Any]) -> str:
     """ "triattention (calibrated centres), per_layer_per_head, 4 sinks, 128 recent, prompt evictable"."""
     policy = eviction["policy"]
     name = policy["name"]
-    if name == "triattention":
-        details = [f"{policy['centres']} centres", f"{policy['aggregation']} over offsets to {policy['offset_max']}"]
+    terms = policy["terms"] if name == "sieve" else ["trig"] if name == "triattention" else []
+    details = [" + ".join(terms)] if name == "sieve" else []
+    if "trig" in terms:
+        details += [f"{policy['centres']} centres", f"{policy['aggregation']} over offsets to {policy['offset_max']}"]
         details += [f"no {term}" for term in ("trig", "norm") if not policy[term]]
-        name += f" ({', '.join(details)})"
+    name += f" ({', '.join(details)})" if details else ""
     return (
         f"{name}, {eviction['scope']}, {eviction['sinks']} sinks, {eviction['recent']} recent, "
         f"prompt {eviction['prompt']}"
@@ -94,6 +96,6 @@ def _fate(layer: "LayerReport", layers: Sequence["LayerReport"], policy: str) ->
     if not policy:
         rotates = has_rope([other for other in layers if other.kind == "full"])
         return "evicts" if rotates else "evicts, by --policy key-norm or streaming"
-    if layer.rope_form == "nope" and policy == "triattention":
+    if layer.rope_form == "nope" and policy in ("triattention", "sieve"):
         return "evicts by the plain product with its query centre"
     return f"evicts by {policy}"

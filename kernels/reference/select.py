@@ -19,14 +19,16 @@ def select(
     kv_heads: int,
     sinks: int,
     recent: int,
+    utility: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plan the next compaction of every sequence that is due (length >= limit).
 
-    scores [L, B, Hq, C]; length, limit, budget, pinned [B]. Always kept: the first max(sinks, pinned) rows
-    and the last `recent` rows. The other rows held are candidates: their scores are z-scored per layer and
-    query head (population std, at least 1e-6), then aggregated by scope: "per_layer_per_head" (max over a KV
-    head's group), "per_head" (then mean over layers) or "union" (max over everything). A score that is not
-    finite ranks last; ties go to the lowest row. If the protected rows exceed the budget, their lowest stay.
+    scores [L, B, Hq, C]; length, limit, budget, pinned [B]; utility [L*B, Hkv, C, 1], in the scale of a z-score, is
+    added to the best z-score of each KV head's group. Always kept: the first max(sinks, pinned) rows and the last
+    `recent` rows. The other rows held are candidates: their scores are z-scored per layer and query head (population
+    std, at least 1e-6), then aggregated by scope: "per_layer_per_head" (max over a KV head's group), "per_head" (then
+    mean over layers) or "union" (max over everything). A row whose score or utility is not finite ranks last; ties go
+    to the lowest row. If the protected rows exceed the budget, their lowest stay.
 
     Returns plan [L or 1, B, Hkv or 1, C] int32: the kept rows in ascending order, then zeros; keep [B] int32:
     how many rows that is, or -1 if the sequence is not due; evicted [B] int32.
@@ -41,7 +43,11 @@ def select(
     candidate = held & ~protected
 
     z = standardise(scores, candidate[None, :, None, :].expand_as(scores))
-    rank_by = _aggregate(z.reshape(layers, batch, kv_heads, -1, capacity).amax(dim=3), scope)  # [Lp, B, Hp, C]
+    best = z.reshape(layers, batch, kv_heads, -1, capacity).amax(dim=3)
+    if utility is not None:
+        best = best + utility.reshape(best.shape)
+        best = torch.where(torch.isfinite(best), best, -torch.inf)
+    rank_by = _aggregate(best, scope)  # [Lp, B, Hp, C]
     # A row not held ties with a non-finite candidate at -inf; it loses, because its index is higher.
     rank_by = rank_by.masked_fill(protected[None, :, None, :], torch.inf)
 

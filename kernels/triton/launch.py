@@ -28,12 +28,18 @@ def update_(
 ) -> None:
     """Change key [B,Hkv,C,D] and value [B,Hkv,C,Dv] in place to what the reference returns.
 
-    key_new and value_new may have any strides, but for numbers of a row side by side; plan may repeat one head.
+    key_new and value_new may have any strides, but for numbers of a row side by side; plan may repeat one head. Rows of
+    one number are float32.
     """
     batch, kv_heads, capacity, head_dim = key.shape
-    key_new, value_new = _wide(key_new.to(key.dtype)), _wide(value_new.to(value.dtype))
     if plan.stride(2) == 0:  # expanded over its heads
         plan = plan[:, :, :1]
+    if head_dim == value.shape[3] == 1:
+        variant = variants.update_numbers(kv_heads, plan.shape[2])
+        tensors = (key_new.contiguous(), value_new.contiguous(), length, plan.contiguous(), keep, key, value)
+        _run(variant, batch, capacity, *tensors, batch, capacity, key_new.shape[2], plan.shape[0], layer)
+        return
+    key_new, value_new = _wide(key_new.to(key.dtype)), _wide(value_new.to(value.dtype))
     sizes = (kv_heads, plan.shape[2], head_dim, value.shape[3], _dtype(key))
     variant = variants.update(*sizes)
     if variant.grid.of(batch, capacity)[0] < _processors(key.device):
@@ -119,13 +125,14 @@ def select(
     kv_heads: int,
     sinks: int,
     recent: int,
+    utility: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference: plan [L or 1,B,Hkv or 1,C], keep [B], evicted [B]; the plan is unspecified where not due."""
     layers, batch, _, capacity = scores.shape
     plan_layers, plan_heads = (layers if scope == "per_layer_per_head" else 1), (1 if scope == "union" else kv_heads)
     plan = length.new_empty((plan_layers, batch, plan_heads, capacity), dtype=torch.int32)
     keep, evicted = torch.empty_like(length), torch.empty_like(length)
-    select_(scores, length, limit, budget, pinned, plan, keep, evicted, scope, kv_heads, sinks, recent)
+    select_(scores, length, limit, budget, pinned, plan, keep, evicted, scope, kv_heads, sinks, recent, utility)
     return plan, keep, evicted
 
 
@@ -142,18 +149,20 @@ def select_(
     kv_heads: int,
     sinks: int,
     recent: int,
+    utility: Tensor | None = None,
 ) -> None:
     """`select` into given tensors; the plans of sequences that are not due are left alone."""
     layers, batch, query_heads, capacity = scores.shape
     sizes = (layers, query_heads, kv_heads, sinks, recent)
-    variant = variants.select_plan(*sizes, scope)
+    variant = variants.select_plan(*sizes, scope, utility is not None)
     stats = scores
     if needs_stats(scope):
         stats = scores.new_empty((layers, batch, query_heads, 4))
         arguments = (scores, length, limit, pinned, stats)
         _run(variants.select_stats(*sizes), batch, capacity, *arguments, batch, capacity)
     ranks = torch.empty_like(plan, dtype=torch.uint32)
-    tensors = (scores, stats, length, limit, budget, pinned, ranks, plan, keep, evicted)
+    more = scores if utility is None else utility.contiguous()
+    tensors = (scores, stats, length, limit, budget, pinned, more, ranks, plan, keep, evicted)
     _run(variant, batch, capacity, *tensors, batch, capacity)
 
 

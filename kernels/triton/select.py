@@ -126,6 +126,7 @@ def select_plan_kernel(
     limit,  # int32 [B]
     budget,  # int32 [B]
     pinned,  # int32 [B]
+    utility,  # float32 [L, B, Hkv, C]; not read without UTILITY
     ranks,  # uint32 [Lp, B, Hp, C], workspace
     plan,  # int32 [Lp, B, Hp, C], written for sequences that are due
     keep,  # int32 [B], written
@@ -138,6 +139,7 @@ def select_plan_kernel(
     SCOPE: tl.constexpr,
     SINKS: tl.constexpr,
     RECENT: tl.constexpr,
+    UTILITY: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
 ):
@@ -167,8 +169,8 @@ def select_plan_kernel(
                 cell = one // plan_heads * batch + sequence  # plan layer * B + sequence
                 offset = (cell * plan_heads + one % plan_heads).to(tl.int64) * capacity
                 _rank(
-                    scores, stats, ranks + offset, batch, capacity, held, front, cell, one % plan_heads,
-                    LAYERS, QUERY_HEADS, KV_HEADS, SCOPE, RECENT, GROUP_BLOCK,
+                    scores, stats, utility, ranks + offset, batch, capacity, held, front, cell, one % plan_heads,
+                    LAYERS, QUERY_HEADS, KV_HEADS, SCOPE, RECENT, UTILITY, GROUP_BLOCK,
                 )  # fmt: skip
                 tl.debug_barrier()
                 _list(ranks + offset, plan + offset, capacity, held, kept, BLOCK)
@@ -177,9 +179,9 @@ def select_plan_kernel(
 
 @triton.jit
 def _rank(
-    scores, stats, ranks, batch, capacity, held, front, cell, plan_head,
+    scores, stats, utility, ranks, batch, capacity, held, front, cell, plan_head,
     LAYERS: tl.constexpr, QUERY_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SCOPE: tl.constexpr, RECENT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    UTILITY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the rank of every row held: protected rows first, then by z, then those without a finite score."""
     group: tl.constexpr = QUERY_HEADS // KV_HEADS
@@ -200,6 +202,9 @@ def _rank(
                 if not one_group:
                     top, mean, std = _known_statistics(stats, head, group)
                 best = _best(score, usable, top, mean, std)
+                if UTILITY:
+                    more = tl.load(utility + head // group * capacity + row, mask=row < held, other=0.0)
+                    best = tl.where(tl.abs(best + more) < float("inf"), best + more, float("-inf"))
                 value = value + best if SCOPE == "per_head" else tl.maximum(value, best)
         if SCOPE == "per_head":
             value = tl.math.div_rn(value, layers * 1.0)

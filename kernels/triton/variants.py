@@ -23,6 +23,7 @@ from keysieve.kernels.triton.configuration import (
 from keysieve.kernels.triton.score import score_kernel
 from keysieve.kernels.triton.select import select_plan_kernel, select_stats_kernel
 from keysieve.kernels.triton.update import update_kernel
+from keysieve.kernels.triton.update_numbers import update_numbers_kernel
 
 POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
 TYPES = {"float16": tl.float16, "bfloat16": tl.bfloat16, "float32": tl.float32}
@@ -35,6 +36,7 @@ TILE_ELEMENTS = 8192  # score: keys in registers at once, padding included; 32 f
 CHUNK_BYTES = 64  # update: what a program moves of each row; whole sectors, and four programs for a row of 256
 SMALL_CHUNK_BYTES = 32  # the same, where there would be fewer programs than processors
 TILE_BYTES = 16384  # update: what a program reads before it writes; 64 for each of 256 threads, twice
+NUMBERS = 512  # update_numbers: rows a program moves together
 SELECT_ROWS = 1024  # select: rows a program looks at together
 GROUP_ELEMENTS = 2048  # select: scores of a group of query heads that it looks at together; 8 for each thread
 LIMIT = 2**31 - 1  # of programs in a grid
@@ -135,12 +137,14 @@ def select_stats(layers: int, query_heads: int, kv_heads: int, sinks: int, recen
 
 
 @lru_cache
-def select_plan(layers: int, query_heads: int, kv_heads: int, sinks: int, recent: int, scope: str) -> Variant:
+def select_plan(
+    layers: int, query_heads: int, kv_heads: int, sinks: int, recent: int, scope: str, utility: bool = False
+) -> Variant:
     """Raises ConfigError where the kernel cannot be built."""
     check_heads(query_heads, kv_heads)
     check_scope(scope)
     parameters = (
-        "scores:*fp32 stats:*fp32 length:*i32 limit:*i32 budget:*i32 pinned:*i32 ranks:*u32 "
+        "scores:*fp32 stats:*fp32 length:*i32 limit:*i32 budget:*i32 pinned:*i32 utility:*fp32 ranks:*u32 "
         "plan:*i32 keep:*i32 evicted:*i32 batch capacity"
     )
     constants = {
@@ -150,6 +154,7 @@ def select_plan(layers: int, query_heads: int, kv_heads: int, sinks: int, recent
         "SCOPE": scope,
         "SINKS": sinks,
         "RECENT": recent,
+        "UTILITY": utility,
         "BLOCK": SELECT_ROWS,
         "GROUP_BLOCK": _group_rows(query_heads // kv_heads),
     }
@@ -188,6 +193,17 @@ def update(
     }
     chunks = -(-max(head_dim, value_dim) * ELEMENT[dtype] // chunk_bytes)
     return Variant("update", update_kernel, typed(parameters), constants, 8, Grid(chunks * 2 * kv_heads))
+
+
+@lru_cache
+def update_numbers(kv_heads: int, plan_heads: int) -> Variant:
+    """Of caches with rows of one float32."""
+    parameters = (
+        "key_new:*fp32 value_new:*fp32 length:*i32 plan:*i32 keep:*i32 key:*fp32 value:*fp32 "
+        "batch capacity tokens plan_layers layer"
+    )
+    constants = {"KV_HEADS": kv_heads, "PLAN_HEADS": plan_heads, "BLOCK": NUMBERS}
+    return Variant("update_numbers", update_numbers_kernel, typed(parameters), constants, 4, Grid(2 * kv_heads))
 
 
 def typed(parameters: str) -> tuple[tuple[str, str], ...]:

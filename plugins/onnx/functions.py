@@ -31,10 +31,12 @@ def score_function(
     return _function(SCORE, body, inputs)
 
 
-def select_function(layers: int, kv_heads: int, scope: str, sinks: int, recent: int) -> FunctionProto:
-    """KeySieveSelect for one scope and protection."""
-    body = select_body(layers, kv_heads, scope, sinks, recent)
-    return _function(SELECT, body, [port.name for port in SELECT.inputs])
+def select_function(
+    layers: int, kv_heads: int, scope: str, sinks: int, recent: int, utility: bool = False
+) -> FunctionProto:
+    """KeySieveSelect for one scope and protection, with the input utility or without."""
+    body = select_body(layers, kv_heads, scope, sinks, recent, utility)
+    return _function(SELECT, body, [port.name for port in SELECT.inputs if utility or not port.optional])
 
 
 def _function(node: PluginNode, body: Body, inputs: Sequence[str]) -> FunctionProto:

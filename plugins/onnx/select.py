@@ -8,8 +8,8 @@ from keysieve.plugins.onnx.body import FLOAT, INT32, INT64, Body, Branch
 NONE = np.int32(-1)
 
 
-def select_body(layers: int, kv_heads: int, scope: str, sinks: int, recent: int) -> Body:
-    """Inputs and outputs as in contract.SELECT."""
+def select_body(layers: int, kv_heads: int, scope: str, sinks: int, recent: int, utility: bool = False) -> Body:
+    """Inputs and outputs as in contract.SELECT; utility: whether that input is there."""
     b = Body()
     is_due = b.GreaterOrEqual("length", "limit")
     kept = b.Min("budget", "length")
@@ -18,7 +18,7 @@ def select_body(layers: int, kv_heads: int, scope: str, sinks: int, recent: int)
     any_due = b.Greater(b.ReduceMax(b.Cast(is_due, to=INT64), keepdims=0), 0)
     lp, _, hp, _ = plan_shape(scope, layers, None, kv_heads, None)
     then = Branch("due_")
-    then.give(_plan(then, kept, kv_heads, scope, sinks, recent), INT32)
+    then.give(_plan(then, kept, kv_heads, scope, sinks, recent, utility), INT32)
     idle = Branch("idle_")
     shape = idle.Concat([lp], idle.size("scores", 1), [hp], idle.size("scores", 3), axis=0)
     idle.give(idle.Expand(np.int32(0), shape), INT32)
@@ -26,7 +26,7 @@ def select_body(layers: int, kv_heads: int, scope: str, sinks: int, recent: int)
     return b
 
 
-def _plan(b: Body, kept: str, kv_heads: int, scope: str, sinks: int, recent: int) -> str:
+def _plan(b: Body, kept: str, kv_heads: int, scope: str, sinks: int, recent: int, utility: bool) -> str:
     capacity = b.size("scores", 3)
     rows64 = b.Range(0, b.Squeeze(capacity, [0]), 1)
     rows = b.Cast(rows64, to=INT32)
@@ -39,6 +39,9 @@ def _plan(b: Body, kept: str, kv_heads: int, scope: str, sinks: int, recent: int
 
     z = _standardise(b, candidate)  # [L,B,Hq,C]
     a = b.ReduceMax(b.Reshape(z, b.Concat([0, 0, kv_heads, -1], capacity, axis=0)), [3], keepdims=0)
+    if utility:
+        a = b.Add(a, b.Reshape("utility", b.Shape(a)))
+        a = b.Where(b.Or(b.IsNaN(a), b.IsInf(a)), np.float32(-np.inf), a)
     if scope == "per_head":
         a = b.ReduceMean(a, [0], keepdims=1)
     elif scope == "union":

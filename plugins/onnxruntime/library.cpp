@@ -32,7 +32,7 @@ template <CacheType T> std::vector<ort::CustomOp*> opsOf() {
 
 std::vector<ort::CustomOp*> allOps() {
     constexpr Port f32{ort::kFloat}, i32{ort::kInt32}, u8{ort::kUInt8}, optional{ort::kFloat, ort::kOptional};
-    static Op<Select> select("KeySieveSelect", "1", {f32, i32, i32, i32, i32}, {i32, i32, i32});
+    static Op<Select> select("KeySieveSelect", "2", {f32, i32, i32, i32, i32, optional}, {i32, i32, i32});
     static Op<Linear> linear("KeySieveLinear", "2", {f32, u8, f32, u8, optional, optional}, {f32});
     static Op<MatMul> matmul("KeySieveMatMul", "2", {f32, f32, optional, optional}, {f32});
     std::vector<ort::CustomOp*> ops{&select, &linear, &matmul};

@@ -2,6 +2,7 @@
 
 #include "kernels.h"
 
+#include <cmath>
 #include <limits>
 
 namespace keysieve {
@@ -53,6 +54,7 @@ void Select::compute(Context& context) const {
     Tensor const budget = context.input(3, "budget", {batches}), pinned = context.input(4, "pinned", {batches});
     int64_t const planLayers = scope_ == Scope::kPerLayerPerHead ? layers : 1;
     int64_t const planHeads = scope_ == Scope::kUnion ? 1 : heads_;
+    Tensor const utility = context.optional(5, "utility", {layers * batches, heads_, capacity, 1});
     Tensor const plan = context.output(0, {planLayers, batches, planHeads, capacity});
     Tensor const keep = context.output(1, {batches}), evicted = context.output(2, {batches});
     if (scores.shape[2] % heads_) throw std::runtime_error("scores are " + text(scores.shape));
@@ -69,7 +71,14 @@ void Select::compute(Context& context) const {
         int64_t const front = std::min<int64_t>(held, std::max(pinned.as<int32_t>()[b], sinks_));
         Sequence const sequence = {held, kept, capacity, front, std::max<int64_t>(front, held - recent_)};
         auto z = [&](int64_t l, int64_t h, float* to) {
-            standardise(sequence, scores.as<float>() + ((l * batches + b) * heads_ + h) * group * capacity, group, to);
+            int64_t const head = (l * batches + b) * heads_ + h;
+            standardise(sequence, scores.as<float>() + head * group * capacity, group, to);
+            if (!utility) return;
+            float const* more = utility.as<float>() + head * capacity;
+            for (int64_t row = sequence.front; row < sequence.back; ++row) {
+                to[row] += more[row];
+                if (!std::isfinite(to[row])) to[row] = -kInfinity;
+            }
         };
         auto write = [&](int64_t l, int64_t h, float* ranked) {
             std::fill(ranked, ranked + sequence.front, kInfinity);

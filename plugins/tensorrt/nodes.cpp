@@ -212,7 +212,8 @@ std::vector<Launch> launches(Configuration const& built, std::vector<Shape> cons
     first.integer(batch).integer(capacity);
     Arguments second;
     second.pointer(in[kScores]).pointer(stats).pointer(in[kLength]).pointer(in[kLimit]).pointer(in[kBudget]);
-    second.pointer(in[kPinned]).pointer(ranks).pointer(out[kPlan]).pointer(out[kKeep]).pointer(out[kEvicted]);
+    void const* const utility = in[kScores]; // not read: the kernel is built without it
+    second.pointer(in[kPinned]).pointer(utility).pointer(ranks).pointer(out[kPlan]).pointer(out[kKeep]).pointer(out[kEvicted]);
     second.integer(batch).integer(capacity);
     std::vector<Launch> launches;
     if (built.needsStats()) {

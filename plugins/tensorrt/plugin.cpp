@@ -166,7 +166,7 @@ nvinfer1::PluginFieldCollection const* Plugin::getFieldsToSerialize() noexcept {
     bool const ok = guarded(ErrorCode::kINVALID_ARGUMENT, [&] {
         serialised_ = std::make_unique<Fields>();
         attributes(*serialised_);
-        serialised_->add("plugin_version", std::string(kVersion));
+        serialised_->add("plugin_version", std::string(version_));
         serialised_->add(kLayerName, layerName_);
     });
     return ok ? serialised_->collection() : nullptr;

@@ -11,7 +11,6 @@
 
 namespace keysieve {
 
-constexpr char const* kVersion = "1"; // of the contract's nodes
 constexpr char const* kNamespace = "";
 constexpr char const* kLayerName = "layer_name"; // serialised beside the contract's attributes, for messages
 constexpr int32_t kFailure = -1;
@@ -25,7 +24,8 @@ class Plugin : public nvinfer1::IPluginV3,
                public nvinfer1::IPluginV3OneBuildV2,
                public nvinfer1::IPluginV3OneRuntime {
 public:
-    Plugin(char const* name, std::string layerName) : name_(name), layerName_(std::move(layerName)) {}
+    Plugin(char const* name, char const* version, std::string layerName)
+        : name_(name), version_(version), layerName_(std::move(layerName)) {}
 
     // What a node is.
     virtual std::unique_ptr<Plugin> copy() const = 0;
@@ -48,7 +48,7 @@ public:
     nvinfer1::IPluginV3* clone() noexcept override;
 
     char const* getPluginName() const noexcept override { return name_; }
-    char const* getPluginVersion() const noexcept override { return kVersion; }
+    char const* getPluginVersion() const noexcept override { return version_; }
     char const* getPluginNamespace() const noexcept override { return kNamespace; }
 
     int32_t configurePlugin(nvinfer1::DynamicPluginTensorDesc const* in, int32_t inputs,
@@ -74,13 +74,14 @@ public:
     nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override;
 
 protected:
-    Plugin(Plugin const& other) : name_(other.name_), layerName_(other.layerName_) {}
+    Plugin(Plugin const& other) : name_(other.name_), version_(other.version_), layerName_(other.layerName_) {}
 
 private:
     template <typename Body>
     bool guarded(nvinfer1::ErrorCode code, Body&& body) const noexcept;
 
     char const* name_;
+    char const* version_;
     std::string layerName_;
     nvinfer1::IErrorRecorder* recorder_ = nullptr; // of the execution context; it outlives the plugin attached to it
     std::unique_ptr<Fields> serialised_;
@@ -106,9 +107,9 @@ public:
             if (hasField(*fields, kLayerName)) {
                 layer = textField(*fields, kLayerName);
             }
-            if (hasField(*fields, "plugin_version") && textField(*fields, "plugin_version") != kVersion) {
+            if (hasField(*fields, "plugin_version") && textField(*fields, "plugin_version") != Made::VERSION) {
                 throw Error("the node has plugin_version " + textField(*fields, "plugin_version")
-                    + ", this library implements " + kVersion + "; build the library and the model with the same keysieve");
+                    + ", this library implements " + Made::VERSION + "; build the library and the model with the same keysieve");
             }
             return new Made(*fields, layer);
         } catch (std::exception const& error) {
@@ -119,7 +120,7 @@ public:
     }
     nvinfer1::PluginFieldCollection const* getFieldNames() noexcept override { return fields_.collection(); }
     char const* getPluginName() const noexcept override { return Made::NAME; }
-    char const* getPluginVersion() const noexcept override { return kVersion; }
+    char const* getPluginVersion() const noexcept override { return Made::VERSION; }
     char const* getPluginNamespace() const noexcept override { return kNamespace; }
 
 private:

@@ -85,9 +85,10 @@ private:
 class Score final : public Plugin {
 public:
     static constexpr char const* NAME = "KeySieveScore";
+    static constexpr char const* VERSION = "1"; // of the contract
 
     Score(nvinfer1::PluginFieldCollection const& fields, std::string layerName)
-        : Plugin(NAME, std::move(layerName)),
+        : Plugin(NAME, VERSION, std::move(layerName)),
           policy_(textField(fields, "policy")),
           queryHeads_(integerField(fields, "query_heads")),
           rotaryDim_(integerField(fields, "rotary_dim")),

@@ -1,4 +1,4 @@
-// KeySieveSelect: scores to a plan of kept rows, for the sequences that are due.
+// KeySieveSelect: scores to a plan of kept rows, for the sequences that are due. It takes no utility yet.
 
 #include "plugin.h"
 
@@ -8,9 +8,10 @@ namespace {
 class Select final : public Plugin {
 public:
     static constexpr char const* NAME = "KeySieveSelect";
+    static constexpr char const* VERSION = "2"; // of the contract
 
     Select(nvinfer1::PluginFieldCollection const& fields, std::string layerName)
-        : Plugin(NAME, std::move(layerName)),
+        : Plugin(NAME, VERSION, std::move(layerName)),
           scope_(textField(fields, "scope")),
           kvHeads_(integerField(fields, "kv_heads")),
           sinks_(integerField(fields, "sinks")),

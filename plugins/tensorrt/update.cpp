@@ -12,9 +12,10 @@ namespace {
 class Update final : public Plugin {
 public:
     static constexpr char const* NAME = "KeySieveUpdate";
+    static constexpr char const* VERSION = "1"; // of the contract
 
     Update(nvinfer1::PluginFieldCollection const& fields, std::string layerName)
-        : Plugin(NAME, std::move(layerName)), layer_(integerField(fields, "layer")) {}
+        : Plugin(NAME, VERSION, std::move(layerName)), layer_(integerField(fields, "layer")) {}
 
     static void declare(Fields& fields) { fields.declare("layer", nvinfer1::PluginFieldType::kINT32); }
 

@@ -24,9 +24,10 @@ def _select_(
     kv_heads: int,
     sinks: int,
     recent: int,
+    utility: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     keep, evicted = torch.empty_like(length), torch.empty_like(length)
-    launch.select_(scores, length, limit, budget, pinned, plan, keep, evicted, scope, kv_heads, sinks, recent)
+    launch.select_(scores, length, limit, budget, pinned, plan, keep, evicted, scope, kv_heads, sinks, recent, utility)
     return keep, evicted
 
 

@@ -103,15 +103,16 @@ def select_(
     kv_heads: int,
     sinks: int,
     recent: int,
+    utility: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See keysieve.kernels.reference.select; plan becomes what it returns, as far as anything is due."""
     found, keep, evicted = reference.select(
-        scores, length, limit, budget, pinned, scope=scope, kv_heads=kv_heads, sinks=sinks, recent=recent
+        scores, length, limit, budget, pinned, scope, kv_heads, sinks, recent, utility
     )
     plan.copy_(found)
     return keep, evicted
 
 
 @select_.register_fake
-def _(scores, length, limit, budget, pinned, plan, scope, kv_heads, sinks, recent):  # type: ignore[no-untyped-def]
+def _(scores, length, limit, budget, pinned, plan, scope, kv_heads, sinks, recent, utility=None):  # type: ignore[no-untyped-def]
     return torch.empty_like(length), torch.empty_like(length)

@@ -180,15 +180,14 @@ def select(
     kv_heads: int,
     sinks: int,
     recent: int,
+    utility: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See keysieve.kernels.reference.select."""
-    return reference.select(
-        scores, length, limit, budget, pinned, scope=scope, kv_heads=kv_heads, sinks=sinks, recent=recent
-    )
+    return reference.select(scores, length, limit, budget, pinned, scope, kv_heads, sinks, recent, utility)
 
 
 @select.register_fake
-def _(scores, length, limit, budget, pinned, scope, kv_heads, sinks, recent):  # type: ignore[no-untyped-def]
+def _(scores, length, limit, budget, pinned, scope, kv_heads, sinks, recent, utility=None):  # type: ignore[no-untyped-def]
     layers, batch, _, capacity = scores.shape
     shape = plan_shape(scope, layers, batch, kv_heads, capacity)
     new = scores.new_empty

@@ -48,12 +48,19 @@ def random_score(position: int, row: int, head: int, layer: int) -> float:
 
 
 def select_rows(
-    scores: np.ndarray, keep: int, front: int, recent: int, scope: str, kv_heads: int
+    scores: np.ndarray,
+    keep: int,
+    front: int,
+    recent: int,
+    scope: str,
+    kv_heads: int,
+    utility: np.ndarray | None = None,
 ) -> tuple[list[list[list[int]]], float]:
     """Rows [L][Hkv][keep] (ascending) that stay, of scores [L,Hq,N], and the margin of the closest decision.
 
     Rows before `front` and the last `recent` are protected; a score that is not finite ranks last; ties go to
-    the lowest row. The margin is the least difference between a chosen and a refused candidate, in z-scores.
+    the lowest row. utility [L,Hkv,N] is added to the best z-score of a group. The margin is the least difference
+    between a chosen and a refused candidate, in z-scores.
     """
     layers, heads, length = scores.shape
     group = heads // kv_heads
@@ -71,7 +78,8 @@ def select_rows(
                 z[layer, head, n] = (s - mean) / max(std, 1e-6) if math.isfinite(s) else -math.inf
 
     def best(layer: int, kv_head: int, n: int) -> float:
-        return max(z[layer, head, n] for head in range(kv_head * group, (kv_head + 1) * group))
+        more = 0.0 if utility is None else float(utility[layer, kv_head, n])
+        return max(z[layer, head, n] for head in range(kv_head * group, (kv_head + 1) * group)) + more
 
     def value(layer: int, kv_head: int, n: int) -> float:
         if scope == "per_layer_per_head":

@@ -16,16 +16,18 @@ ATTENTION_NAME = "masked_reference"
 
 @dataclass
 class _Recorder:
-    """What one forward pass is told and what it leaves: visible(layer, N) -> [Hkv,N,N]; layer -> (q, k).
+    """What one forward pass is told and what it leaves: visible(layer, N) -> [Hkv,N,N]; layer -> (q, k), and h [N,d].
 
     Layers with a sliding window or chunks see those, whatever `visible` says, and leave nothing.
     """
 
     visible: Callable[[int, int], np.ndarray]
     layers: dict[int, tuple[np.ndarray, np.ndarray]]
+    hidden: dict[int, np.ndarray]
 
 
 _recorder: _Recorder | None = None
+_inputs: dict[int, np.ndarray] = {}  # of the modules that have a layer number, by id
 
 
 def _attention(
@@ -50,6 +52,7 @@ def _attention(
         visible = seen.expand(key.shape[1], -1, -1)
     else:
         _recorder.layers[layer] = (query[0].numpy(), key[0].numpy())
+        _recorder.hidden[layer] = _inputs[id(module)]
         visible = torch.from_numpy(_recorder.visible(layer, count))
     softcap, sinks = options.get("softcap"), options.get("s_aux")
     heads = []
@@ -82,19 +85,41 @@ def _recording(model: PreTrainedModel, recorder: _Recorder) -> Iterator[None]:
     before = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION_NAME)
     _recorder = recorder
+    hooks = [
+        module.register_forward_pre_hook(_keep_input, with_kwargs=True)
+        for module in model.modules()
+        if hasattr(module, "layer_idx")
+    ]
     try:
         yield
     finally:
         _recorder = None
+        _inputs.clear()
+        for hook in hooks:
+            hook.remove()
         model.set_attn_implementation(before)
 
 
+def _keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    given = kwargs.get("hidden_states", args[0] if args else None)
+    if isinstance(given, torch.Tensor):
+        _inputs[id(module)] = given[0].numpy()
+
+
 def forward(
-    model: PreTrainedModel, tokens: Sequence[int], visible: Callable[[int, int], np.ndarray]
+    model: PreTrainedModel,
+    tokens: Sequence[int],
+    visible: Callable[[int, int], np.ndarray],
+    hidden: list[np.ndarray] | None = None,
 ) -> tuple[torch.Tensor, list[tuple[np.ndarray, np.ndarray]]]:
-    """Logits [N,V] of one whole sequence, and its rotated queries [Hq,N,D] and keys [Hkv,N,D] per full layer."""
-    recorder = _Recorder(visible, {})
+    """Logits [N,V] of one whole sequence, and its rotated queries [Hq,N,D] and keys [Hkv,N,D] per full layer.
+
+    hidden: becomes what the attention of these layers is given, [N,d] each.
+    """
+    recorder = _Recorder(visible, {}, {})
     with torch.no_grad(), _recording(model, recorder):
         positions = torch.arange(len(tokens))[None]
         logits = model(input_ids=torch.tensor([list(tokens)]), position_ids=positions, use_cache=False).logits[0]
+    if hidden is not None:
+        hidden[:] = [recorder.hidden[layer] for layer in sorted(recorder.hidden)]
     return logits, [recorder.layers[layer] for layer in sorted(recorder.layers)]

@@ -84,7 +84,7 @@ class MaskedReference:
 
     classes: of the KV heads of every layer, and the budget of each class, for heads that have budgets of their own.
     Where the rows of one class reach its budget + interval, all evict that have more than their budget. Feed such a
-    reference with `feed`.
+    reference with `feed`. gates: per layer W [Hkv,d] and b [Hkv], for policies that add what they foretell.
 
     Counters (lists, one entry a sequence): rows_held after the planned eviction, length before it,
     rows_evicted per layer and KV head, rounds that evicted something, and margins, the closest decision of
@@ -100,6 +100,7 @@ class MaskedReference:
         pairing: str | None = None,
         ropes: list[LayerRope] | None = None,
         classes: tuple[list[list[int]], list[int]] | None = None,
+        gates: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
     ):
         if eviction.policy.needs_statistics and stats is None:
             raise ValueError("calibrated centres need stats; make them with calibrate_by_hooks")
@@ -108,6 +109,7 @@ class MaskedReference:
         self.stats = stats
         self.pinned = pinned
         self.classes = classes
+        self.gates = gates
         self.ropes = layer_ropes(model, pairing) if ropes is None else ropes
         _, layers = forward(model, [0], lambda layer, count: np.ones((ANY, count, count), bool))
         self.heads, self.kv_heads = ([len(side[which]) for side in layers] for which in (0, 1))
@@ -167,7 +169,7 @@ class MaskedReference:
             if self.eviction.prompt == "pinned":
                 raise ValueError("a pinned prompt needs `pinned`, or `prefill` as the first call")
             pinned = [0] * batch
-        online = self.eviction.policy.name == "triattention" and self.eviction.policy.centres == "online"
+        online = self.eviction.policy.trigonometric and self.eviction.policy.centres == "online"
         stats = self.stats
         if online and stats is None:
             stats = [
@@ -201,9 +203,12 @@ class MaskedReference:
         sequence = self.sequences[b]
         sequence.append(tokens)
         full = full_layers(self.model.config)
-        logits, layers = forward(self.model, sequence.tokens, lambda layer, n: sequence.visible(full.index(layer), n))
+        hidden: list[np.ndarray] = []
+        see = lambda layer, n: sequence.visible(full.index(layer), n)  # noqa: E731
+        logits, layers = forward(self.model, sequence.tokens, see, hidden)
+        self._foretell(hidden)
         policy = self.eviction.policy
-        if policy.name == "triattention" and policy.centres == "online":
+        if policy.trigonometric and policy.centres == "online":
             self._follow(sequence, [q[:, -len(tokens) :] for q, _ in layers])
         if self.classes is not None:
             self._evict_classes(sequence, [k for _, k in layers], step_size)
@@ -217,7 +222,8 @@ class MaskedReference:
             for group in self.groups:
                 together = np.stack([np.stack(scores[layer]) for layer in group])
                 recent, scope, kv_heads = self.eviction.recent, self.eviction.scope, self.kv_heads[group[0]]
-                chosen, margin = select_rows(together, keep, front, recent, scope, kv_heads)
+                more = self._utility(sequence, group)
+                chosen, margin = select_rows(together, keep, front, recent, scope, kv_heads, more)
                 margins.append(margin)
                 for layer, heads in zip(group, chosen, strict=True):
                     plan[layer] = heads
@@ -245,11 +251,24 @@ class MaskedReference:
             group = self.heads[layer] // self.kv_heads[layer]
             own = np.stack(scores[layer][head * group : (head + 1) * group])[None]
             keep = budgets[of_heads[layer][head]]
-            chosen, margin = select_rows(own, keep, front, recent, self.eviction.scope, 1)
+            more = self._utility(sequence, [layer], head)
+            chosen, margin = select_rows(own, keep, front, recent, self.eviction.scope, 1, more)
             plan[layer][head] = chosen[0][0]
             margins.append(margin)
         sequence.margins.append(min(margins))
         sequence.evict(plan)
+
+    def _foretell(self, hidden: list[np.ndarray]) -> None:
+        """What the gates say of every token [Hkv,N], by layer."""
+        pairs = zip(hidden, self.gates or (), strict=False)
+        self.utilities = [(h.astype(float) @ weight.T + bias).T for h, (weight, bias) in pairs]
+
+    def _utility(self, sequence: _Sequence, layers: list[int], head: int | None = None) -> np.ndarray | None:
+        """[l,Hkv,rows held], of one KV head or of all."""
+        if self.gates is None:
+            return None
+        heads = range(self.kv_heads[layers[0]]) if head is None else [head]
+        return np.array([[self.utilities[layer][h][sequence.rows[layer][h]] for h in heads] for layer in layers])
 
     # -- scoring ---------------------------------------------------------------------------------------------
 
@@ -277,7 +296,7 @@ class MaskedReference:
         for layer, rotated in enumerate(keys):
             rope, heads, kv_heads = self.ropes[layer], self.heads[layer], self.kv_heads[layer]
             number = next(group.index(layer) for group in self.groups if layer in group)
-            plain = rope.undo(rotated, np.arange(rotated.shape[1])) if policy.name == "triattention" else None
+            plain = rope.undo(rotated, np.arange(rotated.shape[1])) if policy.trigonometric else None
             for head in range(heads):
                 kv_head = head * kv_heads // heads
                 rows = np.array(sequence.rows[layer][kv_head])
@@ -296,6 +315,8 @@ class MaskedReference:
                 elif policy.name == "key-norm":
                     norms = [-math.sqrt(float(k @ k)) for k in rotated[kv_head, rows].astype(float)]
                     scores[layer][head] = np.array(norms)
+                elif policy.name == "sieve":  # the gates alone
+                    scores[layer][head] = np.zeros(len(rows))
                 elif policy.name == "streaming":
                     scores[layer][head] = np.arange(len(rows), dtype=float)
                 elif policy.name == "random":

@@ -15,19 +15,25 @@ import keysieve.plugins.torch.ops  # noqa: F401  (both register torch.ops.keysie
 from keysieve.errors import BundleError
 
 EVICTION = ("keysieve::score_at", "keysieve::select_")
-WRITE_BACK = ("aten::copy_", "aten::add_.Tensor")
+# Which argument of an operation holds what it changes; it is run where that is read.
+CHANGED = {"aten::copy_": 0, "aten::add_.Tensor": 0, "keysieve::update_": 5}
 
 
 @dataclass(frozen=True)
 class Input:
-    """One input: numbers and names of sizes, such as "batch"."""
+    """One input: numbers, names of sizes, such as "batch", and (n, name) for n times that."""
 
     name: str
-    shape: tuple[int | str, ...]
+    shape: tuple[int | str | tuple[int, str], ...]
     dtype: torch.dtype
 
     def sized(self, sizes: dict[str, int]) -> tuple[int, ...]:
-        return tuple(sizes[size] if isinstance(size, str) else size for size in self.shape)
+        def number(size: int | str | tuple[int, str]) -> int:
+            if isinstance(size, tuple):
+                return size[0] * sizes[size[1]]
+            return sizes[size] if isinstance(size, str) else size
+
+        return tuple(map(number, self.shape))
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ def read_program(file: Path, weights: dict[str, torch.Tensor], device: torch.dev
     calls = content["calls"] if evicts else _without(content["calls"], EVICTION)
     outputs = [node for name, node in content["outputs"].items() if evicts or name == "logits"]
     calls, used = _needed(calls, outputs)
-    inputs = [Input(i["name"], tuple(i["shape"]), getattr(torch, i["dtype"])) for i in content["inputs"]]
+    inputs = [Input(i["name"], _shape(i["shape"]), getattr(torch, i["dtype"])) for i in content["inputs"]]
     inputs = [one for one in inputs if one.name in used]
     graph, root = Graph(), {}
     env: dict[str, Node] = {one.name: graph.placeholder(one.name) for one in inputs}
@@ -85,6 +91,10 @@ def read_program(file: Path, weights: dict[str, torch.Tensor], device: torch.dev
     return Program(GraphModule(root, graph), inputs, frozenset(call[1] for call in calls), tables, heads)
 
 
+def _shape(sizes: list[Any]) -> tuple[int | str | tuple[int, str], ...]:
+    return tuple(tuple(size) if isinstance(size, list) else size for size in sizes)
+
+
 def _side_by_side(names: list[str], weights: dict[str, torch.Tensor]) -> str:
     """Put several weights into one in their place; returns its name."""
     joined = "+".join(names)
@@ -108,7 +118,7 @@ def _without(calls: list[Any], operations: Collection[str]) -> list[Any]:
 def _needed(calls: list[Any], outputs: list[str]) -> tuple[list[Any], set[str]]:
     """The calls that make the outputs or change a cache, with what they need, and the names of all that they read.
 
-    A state is written back only where one of them reads it: without eviction, nobody asks for the query centres.
+    A state is changed only where one of them reads it: without eviction, nobody asks for centres or utilities.
     """
     used, kept = set(outputs), set[str]()
     grown = True
@@ -116,7 +126,8 @@ def _needed(calls: list[Any], outputs: list[str]) -> tuple[list[Any], set[str]]:
         grown = False
         for name, operation, args, kwargs in reversed(calls):
             changes = operation.partition(".")[0].endswith("_")
-            root = changes and (operation not in WRITE_BACK or args[0]["node"] in used)
+            changed = args[CHANGED.get(operation, 0)]
+            root = changes and (operation not in CHANGED or changed["node"] in used)
             if name not in kept and (root or name in used):
                 kept.add(name)
                 used |= set(_names([*args, *kwargs.values()]))

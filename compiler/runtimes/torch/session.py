@@ -19,6 +19,7 @@ from keysieve.compiler.runtimes.torch.replay import Replay
 from keysieve.compiler.runtimes.torch.sampler import DeviceSampler
 from keysieve.compiler.sampling import Sampling
 from keysieve.compiler.session import Counters
+from keysieve.plugins.contract import ROW_STATES
 
 OF_A_STEP = ("input_ids", "logits_at")  # inputs whose size is that of a step
 ONE = 1, 1  # a step of one token, whose logits are wanted
@@ -59,7 +60,9 @@ class TorchSession:
         self._ends = torch.zeros(sizes["vocabulary"], dtype=torch.bool, device=self._device)  # tokens that end a text
         self._samplers: dict[Sampling, DeviceSampler] = {}
         self._drawn = torch.zeros(rows.batch, dtype=torch.int64, device=self._device)
-        self.kv_bytes = sum(t.nbytes for name, t in self._held.items() if name.startswith(("key_", "value_")))
+        self.kv_bytes = sum(
+            t.nbytes for name, t in self._held.items() if name.startswith(("key_", "value_", *ROW_STATES))
+        )
         self.reset(rows, None, {})
 
     def reset(self, rows: Rows, pinned: Sequence[int] | None, initial: dict[str, np.ndarray]) -> None:

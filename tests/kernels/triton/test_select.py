@@ -22,13 +22,14 @@ def ints(values):
     return torch.tensor(values, dtype=torch.int32)
 
 
-def check(kernels, model, scores, length, budget, limit=None, pinned=None):
+def check(kernels, model, scores, length, budget, limit=None, pinned=None, **more):
     given = {
         "scores": scores,
         "length": ints(length),
         "limit": ints(limit or [0] * len(length)),
         "budget": ints(budget),
         "pinned": ints(pinned or [0] * len(length)),
+        **more,
     }
     batch, capacity = scores.shape[1], scores.shape[3]
     written = {"plan": torch.full((model.plan_layers, batch, model.plan_heads, capacity), -1, dtype=torch.int32)}
@@ -52,6 +53,16 @@ def random_scores(model, batch, capacity):
 def test_random_scores(kernels, scope, query_heads, kv_heads):
     model = configuration(scope=scope, query_heads=query_heads, kv_heads=kv_heads)
     check(kernels, model, random_scores(model, 1, 333), length=[300], budget=[200])
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_utilities_are_added_to_what_the_scores_say(kernels, scope):
+    model = configuration(scope=scope, query_heads=6, kv_heads=2)
+    utility = 3 * torch.randn(2 * 3, 2, 200, 1)
+    for row, value in ((20, torch.nan), (21, torch.inf), (22, -torch.inf)):
+        utility[:, :, row] = value
+    scores = random_scores(model, 3, 200)
+    check(kernels, model, scores, [190, 10, 150], [60, 60, 40], limit=[0, 100, 0], utility=utility)
 
 
 @pytest.mark.slow

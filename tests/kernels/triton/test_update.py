@@ -1,5 +1,7 @@
 """The update kernel, in Triton's interpreter and on a GPU: in place, every byte as the reference's."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -89,3 +91,9 @@ def test_a_plan_that_changes_nothing_and_one_that_drops_the_first_row(kernels):
 
 def test_a_plan_that_keeps_no_row(kernels):
     check(kernels, configuration(), [10], [0], tokens=2, capacity=20)
+
+
+@pytest.mark.parametrize("plan_heads", [1, 2])
+def test_rows_of_one_number(kernels, plan_heads):
+    model = SimpleNamespace(dtype="float32", kv_heads=2, head_dim=1, value_dim=1, plan_layers=1, plan_heads=plan_heads)
+    check(kernels, model, length=[1300, 30, 700], keep=[1100, -1, 0], tokens=3, capacity=1400, layer=0)

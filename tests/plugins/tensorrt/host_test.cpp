@@ -18,7 +18,7 @@ Image const images[] = {
     {"update", 80, false, false, kCode, 1, "update_80", 8, 64, 20, 8, 0, 2147483647},
     {"score", 80, false, false, kCode, 1, "score_80", 8, 128, 11, 6, 64, 50},
     {"select_stats", 80, false, false, kCode, 1, "stats_80", 4, 0, 9, 6, 0, 100},
-    {"select_plan", 80, false, false, kCode, 1, "plan_80", 8, 256, 14, 6, 0, 100},
+    {"select_plan", 80, false, false, kCode, 1, "plan_80", 8, 256, 15, 6, 0, 100},
     {"score", 80, true, false, kCode, 1, "score_ptx", 8, 128, 11, 6, 64, 50},
     {"score", 86, false, false, kCode, 1, "score_86", 8, 128, 11, 6, 64, 50},
     {"score", 90, false, true, kCode, 1, "score_90a", 8, 128, 11, 6, 64, 50},
@@ -349,7 +349,7 @@ void selectLaunches() {
     void* const workspace = at(0x10000);
     EXPECT(runtime(plugin).enqueue(in.data(), nullptr, inputs, outputs, workspace, nullptr) == 0);
     EXPECT(launched.size() == 1 && launched[0].entry == "plan_80");
-    EXPECT((launched[0].values == std::vector<uint64_t>{1, 0x10000, 2, 3, 4, 5, 0x10000, 6, 7, 8, 5, 100, 0, 0}));
+    EXPECT((launched[0].values == std::vector<uint64_t>{1, 0x10000, 2, 3, 4, 5, 1, 0x10000, 6, 7, 8, 5, 100, 0, 0}));
     EXPECT(select::workspaceBytes(configuration, 5, 100) == 12032);
     delete plugin;
 
@@ -366,7 +366,7 @@ void selectLaunches() {
     };
     EXPECT((values(both[0]) == std::vector<uint64_t>{1, 2, 3, 5, 0x10000, 5, 100}));
     uint64_t const ranks = 0x10000 + 1024; // 3 * 5 * 4 heads of 16 bytes, rounded up to 256
-    EXPECT((values(both[1]) == std::vector<uint64_t>{1, 0x10000, 2, 3, 4, 5, ranks, 6, 7, 8, 5, 100}));
+    EXPECT((values(both[1]) == std::vector<uint64_t>{1, 0x10000, 2, 3, 4, 5, 1, ranks, 6, 7, 8, 5, 100}));
     EXPECT(select::workspaceBytes(shared, 5, 100) == 1024 + 4096);
 }
 

@@ -173,7 +173,7 @@ def plan_case(inputs: Selection) -> Case:
                 right = (got.values == want.numpy()) | (got is plan) & ~got.held
                 assert right.all(), f"{got.name} differs in {(~right).sum()} places"
 
-        return [scores, stats, *placed, ranks, plan, keep, evicted, len(inputs.length), inputs.capacity], check
+        return [scores, stats, *placed, scores, ranks, plan, keep, evicted, len(inputs.length), inputs.capacity], check
 
     return Case(fill, len(inputs.length), inputs.capacity)
 
