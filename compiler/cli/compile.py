@@ -159,14 +159,15 @@ def compile_config(args: Namespace) -> CompileConfig:
     """The config objects behind the options. Raises ConfigError for options that do not go together."""
     policy = given(args, *TRIGONOMETRIC, "terms")
     name = args.policy or PolicyConfig.name
-    if args.head_classes is not None and args.heads != "classes":
-        raise UsageError("--head-classes says how many classes --heads classes makes; add that, or leave it out")
     if "terms" in policy and name != "sieve":
         raise UsageError(f"policy {name} has no --terms; leave it out, or use --policy sieve")
     foreign = [option for keyword, option in TRIGONOMETRIC.items() if keyword in policy]
     if foreign and not PolicyConfig(name, terms=policy.get("terms", TERMS)).trigonometric:
         raise UsageError(f"policy {name} does not use {', '.join(foreign)}; leave it out, or use triattention")
     kept = given(args, "budget", "interval", "sinks", "recent", "scope", "prompt", "heads", "head_classes")
+    eviction = EvictionConfig(PolicyConfig(name, **policy), **kept)
+    if args.head_classes is not None and eviction.heads != "classes":
+        raise UsageError("--head-classes says how many classes --heads classes makes; add that, or leave it out")
     made = given(args, "dtype", "weights", "kv_dtype", "stats", "inline", "dump_graphs", "target")
     engine = given(args, *TENSORRT)
     if engine and made.get("target", CompileConfig.target) not in ON_TENSORRT:
@@ -174,7 +175,7 @@ def compile_config(args: Namespace) -> CompileConfig:
         raise UsageError(f"{', '.join(foreign)} is for TensorRT targets; add --target tensorrt-rtx or tensorrt")
     if engine:
         made["tensorrt"] = TensorRTConfig(**engine)
-    return CompileConfig(EvictionConfig(PolicyConfig(name, **policy), **kept), **made)
+    return CompileConfig(eviction, **made)
 
 
 def _summary(args: Namespace, report: "Report") -> str:
