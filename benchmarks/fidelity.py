@@ -57,17 +57,17 @@ class Contestant:
 
 
 CONTESTANTS = [
-    Contestant(PolicyConfig()),
-    Contestant(PolicyConfig(centres="online")),
+    Contestant(PolicyConfig("triattention")),
+    Contestant(PolicyConfig("triattention", centres="online")),
     Contestant(PolicyConfig("streaming")),
     Contestant(PolicyConfig("key-norm")),
     Contestant(PolicyConfig("random")),
-    Contestant(PolicyConfig(norm=False)),
-    Contestant(PolicyConfig(), scope="per_head"),
-    Contestant(PolicyConfig(), scope="union"),
-    Contestant(PolicyConfig(aggregation="max")),
+    Contestant(PolicyConfig("triattention", norm=False)),
+    Contestant(PolicyConfig("triattention"), scope="per_head"),
+    Contestant(PolicyConfig("triattention"), scope="union"),
+    Contestant(PolicyConfig("triattention", aggregation="max")),
     # own defaults: the paper protects no recent rows, the controls nothing at all
-    Contestant(PolicyConfig(), sinks=0, recent=0),
+    Contestant(PolicyConfig("triattention"), sinks=0, recent=0),
     Contestant(PolicyConfig("key-norm"), sinks=0, recent=0),
     Contestant(PolicyConfig("random"), sinks=0, recent=0),
 ]
@@ -83,7 +83,7 @@ def main() -> None:
     budgets = [int(budget) for budget in options.budgets.split(",")]
     WORK.mkdir(parents=True, exist_ok=True)
     stats = WORK / "stats.safetensors"
-    calibrate(options.model, stats, max_tokens=32768)
+    calibrate(options.model, stats, max_tokens=32768, gates=False)
     texts = options.texts or english_texts()
     dense: dict[Path, list[np.ndarray]] = {}
     rows = json.loads(RESULT.read_text())["rows"] if options.only and RESULT.is_file() else []

@@ -104,7 +104,7 @@ def measure(layers: int) -> dict[str, Any]:
             "original_max_position_embeddings": 8192,
         },
     )
-    config = CompileConfig(EvictionConfig(PolicyConfig(centres="online")), dtype="float16")
+    config = CompileConfig(EvictionConfig(PolicyConfig("triattention", centres="online")), dtype="float16")
     seconds = CpuSeconds()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)

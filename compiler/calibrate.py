@@ -47,7 +47,7 @@ def calibrate(
     model: str | Path,
     output: Path | str,
     texts: Sequence[Path] | None = None,
-    max_tokens: int = 65536,
+    max_tokens: int = 49152,
     chunk: int = CHUNK,
     progress: Progress | None = None,
     *,
@@ -55,7 +55,7 @@ def calibrate(
     text_field: str = FIELD,
     batch_size: int = 1,
     layer_by_layer: bool | None = None,
-    gates: bool = False,
+    gates: bool = True,
     context: int | None = None,
 ) -> Statistics:
     """Measure E[q_f] and E|q_f| of every layer and query head on text, and write the statistics file `output`.

@@ -109,11 +109,12 @@ def compare(
 def policy_name(policy: Mapping[str, Any]) -> str:
     """The policy as reports name it: online centres and switched-off terms are part of the name."""
     name = str(policy["name"])
-    if name == "sieve":
-        return name if tuple(policy["terms"]) == TERMS else f"{name}-{'-'.join(policy['terms'])}"
-    if name != "triattention":
+    usual = {"sieve": "online", "triattention": "calibrated"}.get(name)
+    if usual is None:
         return name
-    name += "-online" if policy["centres"] == "online" else ""
+    if name == "sieve" and tuple(policy["terms"]) != TERMS:
+        name += f"-{'-'.join(policy['terms'])}"
+    name += f"-{policy['centres']}" if policy["centres"] != usual else ""
     name += "" if policy["norm"] else "-trig-only"
     name += "" if policy["trig"] else "-norm-only"
     return name + ("-max" if policy["aggregation"] == "max" else "")

@@ -24,6 +24,7 @@ from keysieve.compiler.bundle import (
     write_manifest,
 )
 from keysieve.compiler.check_split import check_split
+from keysieve.compiler.choose_terms import choose_terms
 from keysieve.compiler.config import ON_TENSORRT, CompileConfig, EvictionConfig
 from keysieve.compiler.head_classes import HeadClasses, classify, uniform
 from keysieve.compiler.inspect import Report, report_of
@@ -83,11 +84,12 @@ def compile(
         if not dry_run:
             round_weights(loaded, config.dtype)
     matched = find(loaded, progress)
-    report = report_of(loaded, matched, config.eviction, config.cache_dtype)
     matched.require_all()
     sizes = model_sizes(matched)
     model_identity = {**source, **sizes}
     statistics = _statistics(config, model_identity, matched, weights_known=not dry_run)
+    config = replace(config, eviction=choose_terms(config.eviction, matched, statistics, config.target))
+    report = report_of(loaded, matched, config.eviction, config.cache_dtype)
     if config.dump_graphs:
         _dump(config.dump_graphs, "captured", matched.graph)
     with progress.stage("rewrite") as stage:
@@ -157,7 +159,7 @@ def _statistics(config: CompileConfig, model: Identity, matched: Matched, weight
 
 def _head_classes(eviction: EvictionConfig, matched: Matched, statistics: Statistics | None) -> HeadClasses:
     """One class, or those that the shares of the statistics make."""
-    if eviction.heads == "uniform" or not matched.ropes:
+    if eviction.heads != "classes" or not matched.ropes:
         return uniform([rope.attention.kv_heads for rope in matched.ropes])
     learned = statistics.learned if statistics is not None else None
     shares = {layer.layer: layer.share for layer in statistics.layers} if statistics is not None else {}
@@ -165,7 +167,7 @@ def _head_classes(eviction: EvictionConfig, matched: Matched, statistics: Statis
     if learned is None or len(found) < len(matched.ropes):
         lacking = "these statistics lack" if statistics is not None else "are in a statistics file: give --stats FILE"
         raise ConfigError(
-            f"head budgets need shares of the heads, which {lacking}; `keysieve calibrate MODEL -o FILE --gates` "
+            f"head budgets need shares of the heads, which {lacking}; `keysieve calibrate MODEL -o FILE` "
             "learns them, or leave --heads out"
         )
     protected = eviction.sinks + eviction.recent

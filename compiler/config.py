@@ -27,28 +27,29 @@ def _choose(name: str, value: str, allowed: tuple[str, ...]) -> None:
 class PolicyConfig:
     """How a key's importance is scored.
 
-    sieve adds terms: trig, the score of triattention, and gate, what the learned gates foretell.
+    sieve adds terms: trig, the score of triattention, and gate, what the learned gates foretell; None: those that model
+    and statistics have (see choose_terms).
     centres: "calibrated" takes the query centres from a statistics file, "online" keeps them as run-time state; None:
     online for sieve, else calibrated. aggregation over the future offsets 1, 2, 4, ..., offset_max; trig and norm
     switch the two terms of the series.
     """
 
-    name: str = "triattention"
+    name: str = "sieve"
     centres: str | None = None
     aggregation: str = "mean"
     offset_max: int = 4096
     trig: bool = True
     norm: bool = True
-    terms: tuple[str, ...] = TERMS
+    terms: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _choose("policy", self.name, POLICIES)
         if self.centres is None:
             object.__setattr__(self, "centres", "online" if self.name == "sieve" else "calibrated")
         _choose("centres", str(self.centres), CENTRES)
-        for term in self.terms:
+        for term in self.terms or ():
             _choose("term", term, TERMS)
-        if not self.terms:
+        if self.terms is not None and not self.terms:
             raise ConfigError(f"there are no terms, so nothing is left to score; choose some of {', '.join(TERMS)}")
         _choose("aggregation", self.aggregation, ("mean", "max"))
         if self.offset_max < 1 or self.offset_max & (self.offset_max - 1):
@@ -63,11 +64,12 @@ class PolicyConfig:
     @property
     def trigonometric(self) -> bool:
         """Whether keys are scored by the series in their distance."""
-        return self.name == "triattention" or (self.name == "sieve" and "trig" in self.terms)
+        return self.name == "triattention" or (self.name == "sieve" and "trig" in (self.terms or TERMS))
 
     @property
     def gated(self) -> bool:
-        return self.name == "sieve" and "gate" in self.terms
+        """Whether rows are worth what a gate foretells, too."""
+        return self.name == "sieve" and "gate" in (self.terms or ())
 
     @property
     def needs_statistics(self) -> bool:
@@ -79,8 +81,8 @@ class EvictionConfig:
     """What is kept. budget counts every row held after an eviction: sinks, recent and pinned rows included.
 
     heads: "uniform" gives every KV head as many rows as budget says; "classes" gives them by their shares in the
-    statistics, as many on average, in at most head_classes classes of heads that have the same. None: classes for a
-    policy with gates, whose statistics have shares, too.
+    statistics, as many on average, in at most head_classes classes of heads that have the same. None: classes for sieve
+    where the statistics have shares.
     """
 
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -95,10 +97,10 @@ class EvictionConfig:
 
     def __post_init__(self) -> None:
         _choose("scope", self.scope, SCOPES)
-        if self.heads is None:
-            classes = self.policy.gated and self.scope == "per_layer_per_head"
-            object.__setattr__(self, "heads", "classes" if classes else "uniform")
-        _choose("heads", str(self.heads), HEADS)
+        if self.heads is None and self.policy.name != "sieve":
+            object.__setattr__(self, "heads", "uniform")
+        if self.heads is not None:
+            _choose("heads", self.heads, HEADS)
         _choose("prompt", self.prompt, PROMPTS)
         for name, least in (("budget", 1), ("interval", 1), ("sinks", 0), ("recent", 0), ("head_classes", 1)):
             if getattr(self, name) < least:
@@ -169,8 +171,8 @@ class CompileConfig:
             raise ConfigError(f"the gate is not on {self.target} yet; choose --terms trig or --policy triattention")
         if policy.gated and self.stats is None:
             raise ConfigError(
-                "policy sieve needs the gates of a statistics file: give --stats FILE (made by `keysieve calibrate "
-                "MODEL -o FILE --gates`), or choose --terms trig"
+                "the term gate needs the gates of a statistics file: give --stats FILE (made by `keysieve calibrate "
+                "MODEL -o FILE`), or choose --terms trig"
             )
         if policy.needs_statistics and self.stats is None:
             raise ConfigError(
@@ -180,9 +182,9 @@ class CompileConfig:
         if self.eviction.heads == "classes" and self.stats is None:
             raise ConfigError(
                 "head budgets follow the shares of the heads in a statistics file: give --stats FILE (made by "
-                "`keysieve calibrate MODEL -o FILE --gates`), or leave --heads out"
+                "`keysieve calibrate MODEL -o FILE`), or leave --heads out"
             )
-        if self.stats is not None and not (policy.trigonometric or policy.gated) and self.eviction.heads == "uniform":
+        if self.stats is not None and not (policy.trigonometric or policy.gated) and self.eviction.heads != "classes":
             raise ConfigError(f"policy {policy.name} uses no statistics; leave --stats out")
 
     @property

@@ -11,8 +11,9 @@ from keysieve.compiler.text import token_chunks
 from keysieve.errors import ConfigError
 
 FACTS_EVERY = 3  # each third context or text is synthetic
-CONTEXTS, HELD_OUT, CONTEXT_TOKENS = 36, 4, 640
-TEXTS, CONTEXT = 3, 4096
+CONTEXTS, HELD_OUT, CONTEXT_TOKENS = 24, 4, 640  # at most
+LEAST, TEXT_A_CONTEXT = 12, 1024  # contexts; tokens of the calibration text for which there is one more
+TEXTS, CONTEXT, APART = 2, 4096, 2  # at most; tokens of one; for how many times its length of the text there is one
 BUDGETS = (256, 512, 1024, 2048)
 SEED = 1
 REPEAT = "\n\nRepeat the previous text exactly:\n\n"
@@ -43,9 +44,10 @@ def plan_learning(tokenizer: Any, total: int, limit: int, context: int | None = 
         raise ConfigError(f"the model takes {limit} tokens, too few to learn gates; leave them out (--no-gates)")
     length = context or min(CONTEXT, limit, max(total, FLOOR))
     budgets = usable_budgets(BUDGETS, length)
-    return Learned(
-        SEED, CONTEXTS, HELD_OUT, TEXTS if budgets else 0, min(CONTEXT_TOKENS, twice), length if budgets else 0, budgets
-    )
+    contexts = min(CONTEXTS, max(LEAST, total // TEXT_A_CONTEXT))
+    held_out = HELD_OUT if contexts == CONTEXTS else HELD_OUT // 2
+    texts = min(TEXTS, max(1, total // length // APART)) if budgets else 0
+    return Learned(SEED, contexts, held_out, texts, min(CONTEXT_TOKENS, twice), length if budgets else 0, budgets)
 
 
 def learning_texts(

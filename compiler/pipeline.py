@@ -239,7 +239,7 @@ def engine_graph(
     else:
         inputs = [stateless(graph, policy.name)] * len(groups)
     utility = insert_gates(graph, cache, groups, hidden, gates) if policy.gated else None
-    insert_eviction(graph, cache, groups, inputs, utility, eviction.scope, eviction.sinks, eviction.recent)
+    insert_eviction(graph, cache, groups, inputs, eviction.scope, eviction.sinks, eviction.recent, utility)
     return replace(engine, gated=policy.gated)
 
 
@@ -253,8 +253,8 @@ def learned_gates(statistics: Statistics | None) -> dict[int, Gate]:
     }
     if not gates:
         raise StatisticsError(
-            "policy sieve needs gates, which these statistics lack; `keysieve calibrate MODEL -o FILE --gates` learns "
-            "them, or choose --terms trig"
+            "the term gate needs gates, which these statistics lack; `keysieve calibrate MODEL -o FILE` learns them, "
+            "or choose --terms trig"
         )
     return gates
 

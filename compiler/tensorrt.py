@@ -89,7 +89,7 @@ def kernel_configuration(graph: Graph, dtype: str) -> KernelConfiguration:
         )
     attributes: dict[str, Any] = {}
     for node, call in ((SCORE, score), (SELECT, select)):
-        attributes |= dict(zip(node.attributes, call.args[len(node.inputs) :], strict=True))
+        attributes |= dict(zip(node.attributes, call.args[len(node.required) :], strict=True))
     *_, centre, _, keys = score.args[: len(SCORE.inputs)]
     key, value = (graph.shape(argument) for argument in update.args[5:7])  # type: ignore[arg-type]
     return KernelConfiguration.of_nodes(

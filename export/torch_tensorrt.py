@@ -30,7 +30,7 @@ def _converter(node: PluginNode) -> Any:
     def convert(context: Any, target: Any, args: Sequence[Any], kwargs: dict[str, Any], name: str) -> Any:
         from torch_tensorrt.dynamo.conversion.converter_utils import get_trt_tensor
 
-        fixed = len(node.inputs) - node.inputs[-1].variadic
+        fixed = len(node.required) - node.inputs[-1].variadic
         tensors = [*args[:fixed], *(args[fixed] if node.inputs[-1].variadic else [])]
         values = args[fixed + node.inputs[-1].variadic :]
         inputs = [get_trt_tensor(context, tensor, f"{name}_{index}") for index, tensor in enumerate(tensors)]

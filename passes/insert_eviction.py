@@ -21,10 +21,10 @@ def insert_eviction(
     cache: Cache,
     groups: list[Group],
     inputs: list[ScoreInputs],
-    utility: list[Node] | None,
     scope: str,
     sinks: int,
     recent: int,
+    utility: list[Node] | None = None,
 ) -> None:
     """Add the inputs pinned and, for each class, budget and limit [B] int32.
 

@@ -3,7 +3,7 @@
     h [B,S,d] -> h W + b -> utility of the new rows -> update -> utility_next -> select
                             positions of the new rows -^
 
-A gate (`calibrate --gates`) foretells from the hidden state how much attention a key will get at most, in nats, before
+A gate (`keysieve calibrate`) foretells from the hidden state how much attention a key will get at most, in nats, before
 anybody has asked for it. The caches of a group keep these numbers as a cache of their own, with rows of one number: its
 "keys" are utilities and its "values" absolute positions, its batch is layers x sequences. So `update` compacts and
 appends them like any other rows. Sources: KVzip (arXiv 2505.23416), KVzap (arXiv 2601.07891).
@@ -40,10 +40,10 @@ def check_gates(attentions: list[Attention], hidden: Mapping[int, Node], gates: 
         if attention.layer not in hidden:
             raise MatchError(
                 f"layer {attention.number} has no common input of queries, keys and values, so it has no gate; choose "
-                "--policy triattention"
+                "--terms trig"
             )
         if attention.layer not in gates:
-            raise MatchError(f"layer {attention.number} has no gate; learn gates with `keysieve calibrate --gates`")
+            raise MatchError(f"layer {attention.number} has no gate; learn gates with `keysieve calibrate`")
 
 
 def insert_gates(

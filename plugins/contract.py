@@ -36,6 +36,11 @@ class PluginNode:
     outputs: tuple[Port, ...]
     attributes: dict[str, type]
 
+    @property
+    def required(self) -> tuple[Port, ...]:
+        """The inputs that no node leaves out."""
+        return tuple(port for port in self.inputs if not port.optional)
+
 
 UPDATE = PluginNode(
     "KeySieveUpdate",

@@ -25,7 +25,7 @@ from support.tiny_models import DECODERS, save_model
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROUNDING = 2e-4  # of logits up to 4: sums in another order, which layers that carry a state amplify
-EVICTION = EvictionConfig(PolicyConfig(centres="online"), budget=48, interval=16, sinks=2, recent=8)
+EVICTION = EvictionConfig(PolicyConfig("triattention", centres="online"), budget=48, interval=16, sinks=2, recent=8)
 QUIET = Progress(quiet=True)
 
 

@@ -24,7 +24,7 @@ from support.tiny_models import VOCABULARY, save_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
-KEPT = EvictionConfig(PolicyConfig(centres="online"), budget=56, interval=16, sinks=2, recent=8)
+KEPT = EvictionConfig(PolicyConfig("triattention", centres="online"), budget=56, interval=16, sinks=2, recent=8)
 CLASSES = replace(KEPT, heads="classes", head_classes=3)
 QUIET = Progress(quiet=True)
 # Plain heads; norms of queries and experts; sinks and windows beside; interleaved pairs; keys made of latents.
@@ -44,7 +44,9 @@ def bundle(folder: Path, name: str, eviction: EvictionConfig = CLASSES, **option
         model, stats = folder / f"{name}.model", folder / f"{name}.safetensors"
         if not model.exists():
             save_model(family_model(name), model)
-            calibrate(model, folder / f"{name}.plain.safetensors", max_tokens=256, chunk=256, progress=QUIET)
+            calibrate(
+                model, folder / f"{name}.plain.safetensors", max_tokens=256, chunk=256, progress=QUIET, gates=False
+            )
             plain = folder / f"{name}.plain.safetensors"
             found = inspect(model).layers
             evicting = [layer for layer in found if layer.kind == "full"]

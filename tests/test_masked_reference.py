@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 DATA = Path(__file__).parent / "data"
 SCOPES = ("per_layer_per_head", "per_head", "union")
-SMALL = EvictionConfig(budget=32, interval=16, sinks=2, recent=8)
+SMALL = EvictionConfig(PolicyConfig("triattention"), budget=32, interval=16, sinks=2, recent=8)
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:
@@ -68,7 +68,7 @@ def test_a_saved_tiny_model_loads_as_a_folder(tmp_path: Path) -> None:
 def test_without_eviction_the_logits_are_the_plain_models(name: str) -> None:
     model = tiny_model(name)
     ids = tokens(120)
-    reference = MaskedReference(model, statistics(model), EvictionConfig(budget=200))
+    reference = MaskedReference(model, statistics(model), EvictionConfig(PolicyConfig("triattention"), budget=200))
     got = reference.prefill([ids[:90]], chunk=32) + reference.feed([ids[90:95]]) + reference.decode([ids[95:]])
     torch.testing.assert_close(torch.cat(got), plain_logits(model, ids), atol=3e-5, rtol=0)
     assert (reference.rounds, reference.rows_evicted, reference.rows_held) == ([0], [0], [120])
@@ -141,7 +141,7 @@ def _golden_rope(case: dict[str, np.ndarray], interleaved: bool = False) -> Laye
 def _golden_scores(case: dict[str, np.ndarray], rotated: np.ndarray, now: int) -> np.ndarray:
     """Scores [L,Hq,N] of rotated keys [L,Hkv,N,D]: un-rotated from made-up positions, which cancel."""
     rope = _golden_rope(case)
-    policy = PolicyConfig(offset_max=int(case["offsets"].max()))
+    policy = PolicyConfig("triattention", offset_max=int(case["offsets"].max()))
     layers, heads, _ = case["q_mean_real"].shape
     group = heads // rotated.shape[1]
     positions = np.arange(rotated.shape[2])
@@ -189,7 +189,7 @@ def test_a_second_round_is_the_official_one() -> None:
 @pytest.mark.parametrize("trig", [True, False])
 def test_interleaved_scores_are_the_official_ones(aggregation: str, trig: bool) -> None:
     case = _golden("case6_interleaved_functions")
-    policy = PolicyConfig(aggregation=aggregation, trig=trig, offset_max=int(case["offsets"].max()))
+    policy = PolicyConfig("triattention", aggregation=aggregation, trig=trig, offset_max=int(case["offsets"].max()))
     centre = np.stack([case["q_mean_real"], case["q_mean_imag"]], 1).reshape(-1).astype(float)
     rope = _golden_rope(case, interleaved=True)
     key = rope.undo(case["k_rot"], case["positions"])
@@ -205,7 +205,7 @@ def test_the_explicit_sum_is_the_closed_form_on_rotated_keys(name: str) -> None:
     centre, size = (part[0] for part in statistics(model)[0])  # head 0
     _, layers = forward(model, ids, lambda layer, count: np.tri(count, dtype=bool)[None].repeat(4, 0))
     rotated = layers[0][1][0].astype(float)  # [N,D], with the attention scaling s
-    policy = PolicyConfig()
+    policy = PolicyConfig("triattention")
     turn = np.mean([np.exp(1j * rope.frequency * (now + offset)) for offset in policy.offsets], 0)
     wanted = rope.scaling * (rope.bands(rotated).conj() * rope.bands(centre) * turn).real.sum(1)
     wanted += rope.scaling * np.abs(rope.bands(rotated)) @ (size - np.abs(rope.bands(centre)))
@@ -346,7 +346,7 @@ def test_a_wrong_origin_of_the_phase_would_be_noticed() -> None:
 @pytest.mark.parametrize("centres", ["calibrated", "online"])
 def test_a_batch_equals_its_sequences_alone(centres: str) -> None:
     model = tiny_model("qwen3")
-    eviction = replace(SMALL, policy=PolicyConfig(centres=centres))
+    eviction = replace(SMALL, policy=PolicyConfig("triattention", centres=centres))
     prompts = [tokens(50), tokens(7, seed=1), tokens(33, seed=2)]
     more = [tokens(30, seed=seed) for seed in (3, 4, 5)]
     batch = MaskedReference(model, statistics(model), eviction)
@@ -359,7 +359,7 @@ def test_a_batch_equals_its_sequences_alone(centres: str) -> None:
         assert solo.kept(1, 0) == batch.kept(1, 0, b)
 
 
-@pytest.mark.parametrize("policy", [PolicyConfig(centres="online"), PolicyConfig("random")])
+@pytest.mark.parametrize("policy", [PolicyConfig("triattention", centres="online"), PolicyConfig("random")])
 def test_decode_equals_single_steps(policy: PolicyConfig) -> None:
     model = tiny_model("llama")
     ids, more = tokens(40), tokens(30, seed=1)
@@ -377,7 +377,7 @@ def test_decode_equals_single_steps(policy: PolicyConfig) -> None:
 @pytest.mark.parametrize("name", ["llama_yarn", "gpt_neox", "cohere", "smollm3"])
 def test_online_centres_are_decayed_sums_of_the_queries(name: str) -> None:
     model = tiny_model(name)
-    reference = MaskedReference(model, None, EvictionConfig(PolicyConfig(centres="online"), budget=500))
+    reference = MaskedReference(model, None, EvictionConfig(PolicyConfig("triattention", centres="online"), budget=500))
     ids = tokens(60)
     reference.prefill([ids[:50]], 16)
     reference.feed([ids[50:]])

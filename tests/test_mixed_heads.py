@@ -25,8 +25,8 @@ from support.tiny_models import save_model, seeded
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
-CALIBRATED = EvictionConfig(budget=48, interval=16, sinks=2, recent=8)
-ONLINE = replace(CALIBRATED, policy=PolicyConfig(centres="online"), scope="per_head")
+CALIBRATED = EvictionConfig(PolicyConfig("triattention"), budget=48, interval=16, sinks=2, recent=8)
+ONLINE = replace(CALIBRATED, policy=PolicyConfig("triattention", centres="online"), scope="per_head")
 QUIET = Progress(quiet=True)
 
 
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def statistics(folder: Path) -> Path:
-    calibrate(folder, folder.parent / "stats.safetensors", max_tokens=1024, chunk=256, progress=QUIET)
+    calibrate(folder, folder.parent / "stats.safetensors", max_tokens=1024, chunk=256, progress=QUIET, gates=False)
     return folder.parent / "stats.safetensors"
 
 

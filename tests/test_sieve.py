@@ -40,7 +40,7 @@ def statistics(folder: Path, name: str) -> Path:
     file = folder / f"{name}.safetensors"
     if not file.exists():
         model = save_model(family_model(name), folder / f"{name}.model")
-        calibrate(model, file, max_tokens=256, chunk=256, progress=QUIET)
+        calibrate(model, file, max_tokens=256, chunk=256, progress=QUIET, gates=False)
         found, generator = statistics_file.load(file), np.random.default_rng(3)
         heads, width = inspect(model).layers[-1].kv_heads, family_model(name).config.hidden_size
         gated = [
@@ -136,6 +136,6 @@ def test_without_gates_it_says_what_to_do(folder: Path) -> None:
 
 def test_layers_without_a_common_input_are_named(folder: Path) -> None:
     model, stats = save_model(family_model("deepseek_v3"), folder / "mla"), folder / "mla.safetensors"
-    calibrate(model, stats, max_tokens=256, chunk=256, progress=QUIET)
+    calibrate(model, stats, max_tokens=256, chunk=256, progress=QUIET, gates=False)
     with pytest.raises((MatchError, StatisticsError), match="gate"):
         compile(model, folder / "mla.bundle", CompileConfig(KEPT, stats=stats), QUIET)

@@ -41,7 +41,7 @@ def configuration(tiny: bool) -> Any:
 
 def eviction(shape: Shape) -> EvictionConfig:
     interval = shape.rows - shape.budget
-    policy = PolicyConfig(centres="online")
+    policy = PolicyConfig("triattention", centres="online")
     return EvictionConfig(policy, shape.budget, interval, sinks=shape.sinks, recent=shape.recent)
 
 

@@ -12,7 +12,7 @@ from keysieve.compiler.cli.terminal import UsageError, quiet_transformers, say, 
 if TYPE_CHECKING:
     from keysieve.compiler.statistics_report import StatisticsReport
 
-MAX_TOKENS = 65536
+MAX_TOKENS = 49152
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -51,8 +51,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--gates",
         action=BooleanOptionalAction,
-        default=False,
-        help="learn the heads' shares of the budget and gates, too, for compile --heads classes (minutes more)",
+        default=None,
+        help="learn gates and the heads' shares of the budget, too, for sieve (default: unless FILE is a .pt)",
     )
     parser.add_argument(
         "--context",
@@ -71,8 +71,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     output = output_file(args.output)
-    if args.context is not None and not args.gates:
-        raise UsageError("--context is for the texts by which --gates learns shares; add that, or leave it out")
+    if args.context is not None and args.gates is False:
+        raise UsageError("--context is for the texts by which shares are learned; leave --no-gates or --context out")
     if args.gates and output.suffix == ".pt":
         raise UsageError("a .pt file has no place for gates and shares; leave --gates out, or name another file")
     if args.report:
@@ -95,7 +95,7 @@ def run(args: Namespace) -> int:
                 text_field=args.text_field,
                 batch_size=args.batch_size,
                 layer_by_layer=args.layer_by_layer,
-                gates=args.gates,
+                gates=args.gates is not False,
                 context=args.context,
             )
     except KeyboardInterrupt:

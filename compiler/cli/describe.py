@@ -1,5 +1,6 @@
 """A report on a model or bundle in words, for `compile` and `inspect`."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from operator import attrgetter
@@ -24,7 +25,7 @@ def report_rows(report: "Report") -> list[tuple[str, str]]:
         for plan in report.plans
     ]
     return [
-        *([("policy", policy_of(eviction))] if nodes else []),
+        *(_kept_rows(report) if nodes else []),
         *([("weights", _weights(report.quantized))] if report.quantized else []),
         ("nodes inserted", nodes or "none: `keysieve compile` inserts them"),
         ("KV cache", f"{human_bytes(report.kv_bytes_per_token)} a token, {report.dtype}"),
@@ -35,6 +36,20 @@ def report_rows(report: "Report") -> list[tuple[str, str]]:
         ),
         *plans,
     ]
+
+
+def _kept_rows(report: "Report") -> list[tuple[str, str]]:
+    """The policy; where it has no gate, what gives one; and how many rows heads of unequal budgets get."""
+    eviction, rows = report.eviction, [("policy", policy_of(report.eviction))]
+    if eviction["policy"]["name"] == "sieve" and "gate" not in (eviction["policy"]["terms"] or ()):
+        rows.append(("", "without gates: they, and budgets for heads, come with --stats FILE of `keysieve calibrate`"))
+    heads: Counter[int] = Counter()
+    for cache in report.caches:
+        heads[cache["rows"]] += len(cache["kv_heads"])
+    if len(heads) > 1:
+        classes = ", ".join(f"{count} of {rows:,} rows" for rows, count in sorted(heads.items()))
+        rows.append(("KV heads", f"{classes}, for budget {report.budget:,}"))
+    return rows
 
 
 def _weights(quantized: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ SOURCES = Path(__file__).parent
 PARAMETERS = {
     "score": "keys centre weight length limit position scores batch capacity",
     "select_stats": "scores length limit pinned stats batch capacity",
-    "select_plan": "scores stats length limit budget pinned ranks plan keep evicted batch capacity",
+    "select_plan": "scores stats length limit budget pinned utility ranks plan keep evicted batch capacity",
     "update": "key_new value_new length plan keep key value batch capacity tokens plan_layers layer "
     "key_sequence key_head key_token value_sequence value_head value_token",
 }

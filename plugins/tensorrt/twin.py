@@ -11,8 +11,8 @@ Shape = tuple[Any, ...]
 
 
 def input_ports(node: PluginNode, inputs: int) -> list[Port]:
-    """One port for each input, the variadic last one repeated."""
-    return [*node.inputs, *[node.inputs[-1]] * (inputs - len(node.inputs))]
+    """One port for each input: the variadic last one repeated, the optional one left out."""
+    return [*node.inputs, *[node.inputs[-1]] * (inputs - len(node.inputs))][:inputs]
 
 
 def output_shapes(node: PluginNode, inputs: Sequence[Shape], attributes: Mapping[str, Any]) -> list[Shape]:

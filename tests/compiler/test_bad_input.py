@@ -39,7 +39,7 @@ from keysieve.errors import (
 from support.bundles import tiny_bundle, tiny_folder, tiny_statistics
 from support.tiny_models import POSITIONS, VOCABULARY, save_tiny
 
-SMALL = EvictionConfig(budget=48, interval=16, sinks=2, recent=8)
+SMALL = EvictionConfig(PolicyConfig("triattention"), budget=48, interval=16, sinks=2, recent=8)
 STREAMING = CompileConfig(replace(SMALL, policy=PolicyConfig("streaming")))
 QUIET = Progress(quiet=True)
 
@@ -79,14 +79,14 @@ def test_a_model_without_rope(root: Path, tmp_path: Path) -> None:
     with refused(MatchError, *parts, untouched=tmp_path):
         compile(model, tmp_path / "bundle", STREAMING, QUIET)
     with refused(MatchError, *parts, untouched=tmp_path):
-        calibrate(model, tmp_path / "stats.safetensors", progress=QUIET)
+        calibrate(model, tmp_path / "stats.safetensors", progress=QUIET, gates=False)
 
 
 def test_an_encoder(root: Path, tmp_path: Path) -> None:
     parts = ("layer 0 (BertSelfAttention)", "attention is not causal", "keysieve needs a decoder")
     verbs: list[Callable[[], Any]] = [
         lambda: compile(tiny_folder("bert", root), tmp_path / "bundle", STREAMING, QUIET),
-        lambda: calibrate(tiny_folder("bert", root), tmp_path / "stats.safetensors", progress=QUIET),
+        lambda: calibrate(tiny_folder("bert", root), tmp_path / "stats.safetensors", progress=QUIET, gates=False),
         lambda: inspect(tiny_folder("bert", root), progress=QUIET),
     ]
     for verb in verbs:
@@ -100,7 +100,7 @@ def test_a_model_folder_without_tokenizer(tmp_path: Path) -> None:
     with refused(CaptureError, *parts, untouched=tmp_path):
         compile(model, tmp_path / "bundle", STREAMING, QUIET)
     with refused(CaptureError, *parts, untouched=tmp_path):
-        calibrate(model, tmp_path / "stats.safetensors", progress=QUIET)
+        calibrate(model, tmp_path / "stats.safetensors", progress=QUIET, gates=False)
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_text_that_cannot_be_read(name: str, root: Path, tmp_path: Path) -> No
         "empty.txt": ("the text holds no tokens", "give a longer one"),
     }[name]
     with refused(ConfigError, *parts, untouched=tmp_path):
-        calibrate(tiny_folder("llama_mha", root), tmp_path / "stats", [tmp_path / name], progress=QUIET)
+        calibrate(tiny_folder("llama_mha", root), tmp_path / "stats", [tmp_path / name], progress=QUIET, gates=False)
 
 
 # -- options -----------------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def test_an_unknown_policy(tmp_path: Path) -> None:
 
 def test_a_budget_that_leaves_no_choice(engine: Engine, tmp_path: Path) -> None:
     with refused(ConfigError, "budget 132", "sinks 4 + recent 128", "above 132", untouched=tmp_path):
-        EvictionConfig(budget=132)
+        EvictionConfig(PolicyConfig("triattention"), budget=132)
     for options in ({"budget": 10}, {"budget": [48, 9]}):
         with refused(EngineError, "leaves no row to choose", "give a budget above 10", untouched=tmp_path):
             engine.generate([[3, 4], [5]], max_new_tokens=100, **options)

@@ -20,11 +20,11 @@ from keysieve.compiler.bundle import (
     write_atomically,
     write_manifest,
 )
-from keysieve.compiler.config import EvictionConfig
+from keysieve.compiler.config import EvictionConfig, PolicyConfig
 from keysieve.errors import BundleError, KeySieveError
 from support.bundles import tiny_bundle
 
-SMALL = EvictionConfig(budget=48, interval=16, sinks=2, recent=8)
+SMALL = EvictionConfig(PolicyConfig("triattention"), budget=48, interval=16, sinks=2, recent=8)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 
 from keysieve.compiler import compare as module
 from keysieve.compiler.compare import Fidelity, compare, copy_split, log_sum, measure, policy_name, read
-from keysieve.compiler.config import EvictionConfig
+from keysieve.compiler.config import EvictionConfig, PolicyConfig
 from keysieve.compiler.engine import Engine, load
 from keysieve.compiler.progress import Progress
 from keysieve.errors import ConfigError, EngineError
@@ -18,7 +18,7 @@ from support.tiny_models import TEXT, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL = EvictionConfig(budget=48, interval=16, sinks=2, recent=8)
+SMALL = EvictionConfig(PolicyConfig("triattention"), budget=48, interval=16, sinks=2, recent=8)
 QUIET = Progress(quiet=True)
 
 

@@ -25,7 +25,7 @@ from support.tiny_models import EOS, POSITIONS, VOCABULARY, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL = EvictionConfig(budget=48, interval=16, sinks=2, recent=8)
+SMALL = EvictionConfig(PolicyConfig("triattention"), budget=48, interval=16, sinks=2, recent=8)
 STREAMING = replace(SMALL, policy=PolicyConfig("streaming"))
 QUIET = Progress(quiet=True)
 
@@ -73,7 +73,7 @@ def test_the_graph_carries_its_own_description(root: Path) -> None:
 
 
 def test_every_file_may_be_read_by_all(root: Path) -> None:
-    online = replace(SMALL, policy=PolicyConfig(centres="online"))
+    online = replace(SMALL, policy=PolicyConfig("triattention", centres="online"))
     files = [file for file in tiny_bundle("llama", online, root).iterdir() if file.is_file()]
     assert "state.safetensors" in {file.name for file in files}
     assert all(file.stat().st_mode & 0o444 == 0o444 for file in files)

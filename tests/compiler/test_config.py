@@ -25,7 +25,7 @@ STREAMING = EvictionConfig(PolicyConfig("streaming"))
 
 
 def test_the_defaults_are_those_of_the_command_line() -> None:
-    eviction = EvictionConfig()
+    eviction = EvictionConfig(PolicyConfig("triattention"))
     assert (eviction.budget, eviction.interval, eviction.sinks, eviction.recent) == (2048, 128, 4, 128)
     assert (eviction.scope, eviction.prompt) == ("per_layer_per_head", "evictable")
     policy = eviction.policy
@@ -42,10 +42,10 @@ def test_the_defaults_are_those_of_the_command_line() -> None:
     ("make", "allowed"),
     [
         (lambda name: PolicyConfig(name), POLICIES),
-        (lambda name: PolicyConfig(centres=name), CENTRES),
-        (lambda name: PolicyConfig(aggregation=name), ("mean", "max")),
-        (lambda name: EvictionConfig(scope=name), SCOPES),
-        (lambda name: EvictionConfig(prompt=name), PROMPTS),
+        (lambda name: PolicyConfig("triattention", centres=name), CENTRES),
+        (lambda name: PolicyConfig("triattention", aggregation=name), ("mean", "max")),
+        (lambda name: EvictionConfig(PolicyConfig("triattention"), scope=name), SCOPES),
+        (lambda name: EvictionConfig(PolicyConfig("triattention"), prompt=name), PROMPTS),
         (lambda name: CompileConfig(STREAMING, dtype=name), DTYPES),
     ],
 )
@@ -59,21 +59,21 @@ def test_an_unknown_name_lists_the_known_ones(make: Any, allowed: tuple[str, ...
 
 
 def test_offsets_are_the_powers_of_two_up_to_the_largest() -> None:
-    assert PolicyConfig().offsets == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
-    assert PolicyConfig(offset_max=1).offsets == [1]
+    assert PolicyConfig("triattention").offsets == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
+    assert PolicyConfig("triattention", offset_max=1).offsets == [1]
 
 
 @pytest.mark.parametrize("offset_max", [0, -4, 3, 100])
 def test_an_offset_that_is_no_power_of_two_is_refused(offset_max: int) -> None:
     with pytest.raises(ConfigError, match=f"offset_max {offset_max} must be a power of two"):
-        PolicyConfig(offset_max=offset_max)
+        PolicyConfig("triattention", offset_max=offset_max)
 
 
 def test_a_score_without_terms_is_refused() -> None:
-    PolicyConfig(trig=False)
-    PolicyConfig(norm=False)
+    PolicyConfig("triattention", trig=False)
+    PolicyConfig("triattention", norm=False)
     with pytest.raises(ConfigError, match=r"trig and norm are both off.*turn one on"):
-        PolicyConfig(trig=False, norm=False)
+        PolicyConfig("triattention", trig=False, norm=False)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,10 @@ def test_sizes_below_the_least_are_refused(changes: dict[str, int], message: str
 
 @pytest.mark.parametrize(("budget", "sinks", "recent"), [(132, 4, 128), (131, 4, 128), (10, 10, 0), (5, 0, 5)])
 def test_a_budget_must_exceed_what_is_always_kept(budget: int, sinks: int, recent: int) -> None:
-    for check in (lambda *sizes: EvictionConfig(budget=sizes[0], sinks=sizes[1], recent=sizes[2]), check_budget):
+    for check in (
+        lambda *sizes: EvictionConfig(PolicyConfig("triattention"), budget=sizes[0], sinks=sizes[1], recent=sizes[2]),
+        check_budget,
+    ):
         with pytest.raises(ConfigError) as error:
             check(budget, sinks, recent)
         for part in (f"budget {budget}", f"sinks {sinks}", f"recent {recent}", f"above {sinks + recent}"):
@@ -102,9 +105,9 @@ def test_a_budget_must_exceed_what_is_always_kept(budget: int, sinks: int, recen
 
 def test_calibrated_centres_need_a_file_and_the_rest_does_not() -> None:
     with pytest.raises(ConfigError, match=r"--stats FILE.*--centres online"):
-        CompileConfig(EvictionConfig())
-    assert CompileConfig(EvictionConfig(), stats=Path("s")).stats == Path("s")
-    online = EvictionConfig(PolicyConfig(centres="online"))
+        CompileConfig(EvictionConfig(PolicyConfig("triattention")))
+    assert CompileConfig(EvictionConfig(PolicyConfig("triattention")), stats=Path("s")).stats == Path("s")
+    online = EvictionConfig(PolicyConfig("triattention", centres="online"))
     assert CompileConfig(online).stats is None
     assert CompileConfig(online, stats=Path("s")).stats == Path("s")  # where online centres start
     assert not PolicyConfig("random").needs_statistics
@@ -117,7 +120,7 @@ def test_statistics_that_would_be_ignored_are_refused(name: str) -> None:
 
 
 def test_configs_cannot_be_changed_and_are_json_ready() -> None:
-    config = CompileConfig(EvictionConfig(), stats=Path("stats.safetensors"))
+    config = CompileConfig(EvictionConfig(PolicyConfig("triattention")), stats=Path("stats.safetensors"))
     with pytest.raises(FrozenInstanceError):
         config.dtype = "float16"  # type: ignore[misc]
     found = json.loads(json.dumps(as_dict(config)))
@@ -125,7 +128,7 @@ def test_configs_cannot_be_changed_and_are_json_ready() -> None:
     assert found["eviction"]["policy"]["name"] == "triattention"
 
 
-ONLINE = EvictionConfig(PolicyConfig(centres="online"))
+ONLINE = EvictionConfig(PolicyConfig("triattention", centres="online"))
 
 
 def test_weights_and_caches_may_have_a_type_of_their_own() -> None:

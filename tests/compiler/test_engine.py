@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from keysieve.compiler import decoding
-from keysieve.compiler.config import EvictionConfig
+from keysieve.compiler.config import EvictionConfig, PolicyConfig
 from keysieve.compiler.decoding import prefill
 from keysieve.compiler.engine import Engine, Generation, load
 from keysieve.compiler.sampling import Sampling
@@ -20,7 +20,7 @@ from support.tiny_models import EOS, VOCABULARY, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL = EvictionConfig(budget=48, interval=16, sinks=2, recent=8)
+SMALL = EvictionConfig(PolicyConfig("triattention"), budget=48, interval=16, sinks=2, recent=8)
 FREE: dict[str, Any] = {"stop_tokens": []}  # never stops early
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import Qwen2Config
 
-from keysieve.compiler.config import EvictionConfig
+from keysieve.compiler.config import EvictionConfig, PolicyConfig
 from keysieve.compiler.inspect import Report, find_fast, inspect, report_of
 from keysieve.compiler.model import load_skeleton
 from keysieve.compiler.pipeline import find
@@ -18,7 +18,7 @@ from support.bundles import tiny_bundle, tiny_folder
 from support.families import family_model
 from support.tiny_models import VOCABULARY
 
-SMALL = EvictionConfig(budget=48, interval=16, sinks=2, recent=8)
+SMALL = EvictionConfig(PolicyConfig("triattention"), budget=48, interval=16, sinks=2, recent=8)
 QUIET = Progress(quiet=True)
 
 

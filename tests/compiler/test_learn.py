@@ -30,7 +30,8 @@ QUIET = Progress(quiet=True)
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"CONTEXTS": 6, "HELD_OUT": 2, "CONTEXT_TOKENS": 48, "TEXTS": 2, "BUDGETS": (190, 260)}.items():
+    few = {"CONTEXTS": 6, "HELD_OUT": 2, "CONTEXT_TOKENS": 48, "TEXTS": 2, "APART": 1, "BUDGETS": (190, 260)}
+    for name, value in few.items():
         monkeypatch.setattr(learning_texts, name, value)
 
 

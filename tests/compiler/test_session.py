@@ -20,13 +20,13 @@ from support.tiny_models import DECODERS, VOCABULARY, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL = EvictionConfig(budget=48, interval=16, sinks=2, recent=8)
+SMALL = EvictionConfig(PolicyConfig("triattention"), budget=48, interval=16, sinks=2, recent=8)
 ROOMY = 48 + 16 + 16  # rows that hold budget, interval and a chunk: the engine never has to hurry
 POLICIES = {
-    "mean": PolicyConfig(),
-    "max": PolicyConfig(aggregation="max"),
-    "online": PolicyConfig(centres="online"),
-    "online-from-statistics": PolicyConfig(centres="online"),
+    "mean": PolicyConfig("triattention"),
+    "max": PolicyConfig("triattention", aggregation="max"),
+    "online": PolicyConfig("triattention", centres="online"),
+    "online-from-statistics": PolicyConfig("triattention", centres="online"),
     "streaming": PolicyConfig("streaming"),
     "key-norm": PolicyConfig("key-norm"),
     "random": PolicyConfig("random"),

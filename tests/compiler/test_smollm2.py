@@ -20,7 +20,7 @@ from support.masked_reference import MaskedReference
 
 pytestmark = pytest.mark.slow
 
-EVICTION = EvictionConfig(PolicyConfig(), budget=256, interval=32, sinks=4, recent=64)
+EVICTION = EvictionConfig(PolicyConfig("triattention"), budget=256, interval=32, sinks=4, recent=64)
 STORY = (
     "In the spring of 1831 a young surveyor named Ellen Marsh walked along the northern coast with a brass compass, "
     "two notebooks and a mule that did not like bridges. She had been asked to draw the harbours between the river "
@@ -31,7 +31,7 @@ STORY = (
 @pytest.fixture(scope="module")
 def statistics(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("smollm2") / "stats.safetensors"
-    calibrate(smollm2, file, max_tokens=1024, progress=Progress(quiet=True))
+    calibrate(smollm2, file, max_tokens=1024, progress=Progress(quiet=True), gates=False)
     return file
 
 

@@ -32,7 +32,7 @@ from support.tiny_models import save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ONLINE = PolicyConfig(centres="online")
+ONLINE = PolicyConfig("triattention", centres="online")
 SMALL = EvictionConfig(ONLINE, budget=48, interval=16, sinks=2, recent=8)
 QUIET = Progress(quiet=True)
 

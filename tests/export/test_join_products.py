@@ -68,7 +68,7 @@ def test_a_slice_of_the_joined_product_is_the_product(root):
     from keysieve.compiler.config import EvictionConfig, PolicyConfig
     from support.bundles import tiny_bundle
 
-    eviction = EvictionConfig(PolicyConfig(centres="online"), budget=48, interval=16, sinks=2, recent=8)
+    eviction = EvictionConfig(PolicyConfig("triattention", centres="online"), budget=48, interval=16, sinks=2, recent=8)
     text = (tiny_bundle("llama", eviction, root, target="torch") / PROGRAM).read_text()
     assert text.count('_together","aten::linear"') == 6  # query, key, value; gate, up; in three layers
     x, weights = torch.randn(2, 3, 4), [torch.randn(*SHAPES[name]) for name in ("q", "k")]

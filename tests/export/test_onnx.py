@@ -21,7 +21,7 @@ from support.graphs import SideBySide, evicting, run
 
 pytestmark = pytest.mark.slow
 
-EVICTION = EvictionConfig(PolicyConfig(), budget=16, interval=6, sinks=2, recent=4)
+EVICTION = EvictionConfig(PolicyConfig("triattention"), budget=16, interval=6, sinks=2, recent=4)
 BATCH, CAPACITY, LAYERS, KV_HEADS, HEAD_DIM = 2, 26, 3, 2, 16
 CACHES = [f"{name}_{layer}" for layer in range(LAYERS) for name in ("key", "value")]
 

@@ -17,8 +17,8 @@ from support.bundles import tiny_bundle
 
 pytestmark = pytest.mark.slow
 
-EVICTION = EvictionConfig(PolicyConfig(), budget=16, interval=6, sinks=2, recent=4)
-ONLINE = EvictionConfig(PolicyConfig(centres="online"), budget=16, interval=6, sinks=2, recent=4)
+EVICTION = EvictionConfig(PolicyConfig("triattention"), budget=16, interval=6, sinks=2, recent=4)
+ONLINE = EvictionConfig(PolicyConfig("triattention", centres="online"), budget=16, interval=6, sinks=2, recent=4)
 
 
 def operators(bundle, name="model.onnxruntime.onnx"):

@@ -23,7 +23,7 @@ from keysieve.plugins.tensorrt.configuration import read_configuration
 from keysieve.plugins.tensorrt.twin import output_shapes
 from support.bundles import tiny_bundle
 
-EVICTION = EvictionConfig(budget=48, interval=16, sinks=2, recent=8)
+EVICTION = EvictionConfig(PolicyConfig("triattention"), budget=48, interval=16, sinks=2, recent=8)
 LIMITS = Limits(batch=4, capacity=256, chunk=32)
 
 

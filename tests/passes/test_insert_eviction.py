@@ -11,7 +11,7 @@ from keysieve.compiler.pipeline import engine_graph
 from support.bundles import tiny_bundle, tiny_statistics
 from support.graphs import SideBySide, evicting, match, run
 
-EVICTION = EvictionConfig(PolicyConfig(), budget=16, interval=6, sinks=2, recent=4)
+EVICTION = EvictionConfig(PolicyConfig("triattention"), budget=16, interval=6, sinks=2, recent=4)
 BATCH, CAPACITY, LAYERS, KV_HEADS, HEAD_DIM = 3, 30, 3, 2, 16
 
 

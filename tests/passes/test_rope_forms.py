@@ -276,7 +276,7 @@ def test_score_is_that_of_unrotated_keys(form):
     rng = np.random.default_rng(1)
     mean = rng.standard_normal((len(layers), heads, head_dim)).astype(np.float32).astype(np.float64)
     magnitude = np.abs(rng.standard_normal((len(layers), heads, bands)).astype(np.float32).astype(np.float64)) + 6
-    policy = PolicyConfig()
+    policy = PolicyConfig("triattention")
     (group,) = groups = group_layers(ropes)
     cache = insert_cache(graph, attentions, groups, "union")
     options = TriAttention(policy.offsets, policy.aggregation, policy.trig, policy.norm)

@@ -29,11 +29,11 @@ from support.masked_reference import DECAY
 BATCH, ROWS, TOKENS = 2, 11, 3
 POSITION, COUNT = [1200, 37], [3, 2]
 OPTIONS = [
-    PolicyConfig(),
-    PolicyConfig(aggregation="max", offset_max=512),
-    PolicyConfig(trig=False),
-    PolicyConfig(norm=False),
-    PolicyConfig(aggregation="max", offset_max=1, norm=False),
+    PolicyConfig("triattention"),
+    PolicyConfig("triattention", aggregation="max", offset_max=512),
+    PolicyConfig("triattention", trig=False),
+    PolicyConfig("triattention", norm=False),
+    PolicyConfig("triattention", aggregation="max", offset_max=1, norm=False),
 ]
 
 
@@ -118,7 +118,7 @@ def test_scores_equal_the_explicit_loop(name, policies):
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "smollm3"])
 def test_online_centres_follow_the_queries_token_by_token(name):
     graph, cache, group = with_cache(name)
-    triattention(graph, cache, group, TriAttention(PolicyConfig().offsets), None)
+    triattention(graph, cache, group, TriAttention(PolicyConfig("triattention").offsets), None)
     form, ropes = common_form(group), group.matches
     heads, head_dim, bands = ropes[0].attention.query_heads, form.head_dim, form.rotary_dim // 2
     rng = np.random.default_rng(3)
@@ -175,4 +175,7 @@ def test_a_group_has_the_form_of_its_first_rotated_layer():
 
 
 def test_default_offsets_are_the_papers():
-    assert PolicyConfig().offsets == [1 << n for n in range(13)] and PolicyConfig().aggregation == "mean"
+    assert (
+        PolicyConfig("triattention").offsets == [1 << n for n in range(13)]
+        and PolicyConfig("triattention").aggregation == "mean"
+    )

@@ -28,12 +28,12 @@ ATTRIBUTES = {
 
 def shape_of(port, scope):
     lp, _, hp, _ = plan_shape(scope, SIZES["L"], None, SIZES["Hkv"], None)
-    sizes = SIZES | {"Lp": lp, "Hp": hp}
+    sizes = SIZES | {"Lp": lp, "Hp": hp, "1": 1, "L*B": SIZES["L"] * SIZES["B"]}
     return [sizes[name] for name in port.shape.split(",")]
 
 
 def example(node, scope, dtype):
-    """Positional arguments of the torch op, by the contract's inputs and attributes."""
+    """Positional arguments of the torch op, by the contract's inputs and attributes; optional ones come last."""
     torch.manual_seed(0)
     arguments = []
     for port in node.inputs:
@@ -41,7 +41,8 @@ def example(node, scope, dtype):
         shape = shape_of(port, scope)
         one = torch.randn(shape).to(kind) if kind.is_floating_point else torch.ones(shape, dtype=kind)
         arguments.append([one] * SIZES["L"] if port.variadic else one)
-    return arguments + [(ATTRIBUTES | {"scope": scope})[name] for name in node.attributes]
+    attributes = [(ATTRIBUTES | {"scope": scope})[name] for name in node.attributes]
+    return arguments[: len(node.required)] + attributes + arguments[len(node.required) :]
 
 
 def results(op, arguments):
@@ -79,11 +80,12 @@ def test_torch_op_passes_torchs_own_checks(node):
 
 @pytest.mark.parametrize("node", NODES, ids=lambda node: node.name)
 def test_torch_op_and_reference_take_the_contracts_arguments_in_order(node):
-    names = [f"{port.name}s" if port.variadic else port.name for port in node.inputs] + list(node.attributes)
+    names = [f"{port.name}s" if port.variadic else port.name for port in node.required] + list(node.attributes)
+    names += [port.name for port in node.inputs if port.optional]
     kinds = {int: "int", str: "str"}
     schema = OPS[node.name]._schema
     assert [argument.name for argument in schema.arguments] == names
-    for argument in schema.arguments[len(node.inputs) :]:
+    for argument in schema.arguments[len(node.required) : len(node.required) + len(node.attributes)]:
         assert str(argument.type) == kinds[node.attributes[argument.name]]
     kernel = getattr(reference, node.name.removeprefix("KeySieve").lower())
     assert list(inspect.signature(kernel).parameters) == names
@@ -113,12 +115,14 @@ def test_every_alias_names_an_input_of_the_same_shape_and_dtype():
         (UPDATE, update_function()),
         (SCORE, score_function(3, 4, 2, "trig", 8, True, 2)),
         (SELECT, select_function(3, 2, "per_head", 4, 8)),
+        (SELECT, select_function(3, 2, "per_head", 4, 8, utility=True)),
     ],
     ids=lambda value: value.name,
 )
 def test_onnx_function_has_the_contracts_inputs_outputs_and_attributes(node, function):
     names = [f"{p.name}_{layer}" for p in node.inputs if p.variadic for layer in range(3)]
-    assert list(function.input) == [p.name for p in node.inputs if not p.variadic] + names
+    ports = node.inputs if "utility" in function.input else node.required
+    assert list(function.input) == [p.name for p in ports if not p.variadic] + names
     assert list(function.output) == [p.name for p in node.outputs]
     assert set(function.attribute) == {*node.attributes, "plugin_version", "plugin_namespace"}
     assert (function.domain, function.name) == (DOMAIN, node.name)

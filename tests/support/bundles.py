@@ -33,7 +33,7 @@ def tiny_statistics(name: str, root: Path) -> Path:
     file = root / "statistics" / f"{name}.safetensors"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        calibrate(tiny_folder(name, root), file, max_tokens=CALIBRATION_TOKENS, chunk=512, progress=QUIET)
+        calibrate(tiny_folder(name, root), file, max_tokens=CALIBRATION_TOKENS, chunk=512, progress=QUIET, gates=False)
     return file
 
 

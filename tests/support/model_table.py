@@ -6,7 +6,7 @@ from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 
-from keysieve.compiler.config import EvictionConfig
+from keysieve.compiler.config import EvictionConfig, PolicyConfig
 from keysieve.compiler.inspect import find_fast, report_of
 from keysieve.compiler.models import STATUSES, TABLE, Outcome, Table, TestedModel, Versions, models, unique
 from keysieve.compiler.progress import Progress
@@ -39,7 +39,7 @@ def outcome_of(name: str) -> Outcome:
         matched = find_fast(model, Progress(quiet=True))
     except KeySieveError as error:
         return Outcome(type(model).__name__, "refused", None, None, 0, 0, str(error))
-    layers = report_of(model, matched, EvictionConfig(), "float32").layers
+    layers = report_of(model, matched, EvictionConfig(PolicyConfig("triattention")), "float32").layers
     kinds = [layer.kind for layer in layers if layer.kind != "unsupported"]
     kinds += ["softcap"] if any(a.softcap for a in matched.attentions) else []
     kinds += ["sinks"] if any(a.sinks is not None for a in matched.attentions) else []

@@ -12,7 +12,7 @@ from keysieve.compiler.config import CompileConfig, EvictionConfig, PolicyConfig
 from keysieve.compiler.engine import load
 from keysieve.compiler.progress import Progress
 
-EVICTION = EvictionConfig(PolicyConfig(centres="online"), budget=48, interval=16, sinks=2, recent=8)
+EVICTION = EvictionConfig(PolicyConfig("triattention", centres="online"), budget=48, interval=16, sinks=2, recent=8)
 MODELS = ("llama", "qwen3", "gemma2", "gpt_oss", "mistral, windows", "qwen3_next", "deepseek_v3", "cohere", "lfm2")
 WAYS: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.9, "top_p": 0.9, "seed": 3}, {"dense": True})
 

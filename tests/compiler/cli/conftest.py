@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from keysieve.compiler.config import EvictionConfig
+from keysieve.compiler.config import EvictionConfig, PolicyConfig
 
 Stub = Callable[..., list[tuple[tuple, dict[str, Any]]]]
 
@@ -40,7 +40,7 @@ def report() -> Callable[..., Any]:
             LayerReport(index, "unsupported" if reason else "full", form, reason is None, reason, f"node_{index}")
             for index, (form, reason) in enumerate(layers)
         ]
-        eviction = asdict(EvictionConfig(budget=256))
+        eviction = asdict(EvictionConfig(PolicyConfig("triattention"), budget=256))
         return Report("SomeForCausalLM", entries, 1000, 256, 384_000, "float32", nodes or {}, eviction)
 
     return make

@@ -24,11 +24,11 @@ def test_defaults(stub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert kwargs.pop("progress").quiet is False
     assert kwargs == {
         "texts": None,
-        "max_tokens": 65536,
+        "max_tokens": 49152,
         "text_field": "text",
         "batch_size": 1,
         "layer_by_layer": None,
-        "gates": False,
+        "gates": True,
         "context": None,
     }
     printed = capsys.readouterr()
@@ -80,6 +80,13 @@ def test_where_texts_come_from_and_how_the_model_is_read(stub, tmp_path: Path) -
     assert (kwargs["texts"], kwargs["text_field"], kwargs["batch_size"]) == ([Path("a.jsonl")], "body", 4)
     assert [call[1]["layer_by_layer"] for call in calls] == [True, False]
     assert main([*base, "--batch-size", "0"]) == 2
+
+
+@pytest.mark.parametrize(("options", "gates"), [([], True), (["--gates"], True), (["--no-gates"], False)])
+def test_gates_are_learned_unless_they_are_left_out(options: list[str], gates: bool, stub, tmp_path: Path) -> None:
+    calls = stub(FUNCTION, RESULT)
+    assert main(["calibrate", "m", "-o", str(tmp_path / "s"), "--quiet", *options]) == 0
+    assert calls[0][1]["gates"] is gates
 
 
 def fitted() -> Statistics:

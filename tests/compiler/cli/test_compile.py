@@ -42,6 +42,12 @@ def test_integer_weights_and_caches_of_another_type(stub, report) -> None:
     assert calls[0][0][2] == CompileConfig(stats=Path("s"), weights="int4", kv_dtype="float16")
 
 
+def test_terms(stub, report) -> None:
+    calls = stub(FUNCTION, report(*LAYERS))
+    assert main(["compile", "m", "-o", "out", "--stats", "s", "--terms", "gate,trig"]) == 0
+    assert calls[0][0][2].eviction.policy == PolicyConfig("sieve", terms=("gate", "trig"))
+
+
 def test_no_norm(stub, report) -> None:
     calls = stub(FUNCTION, report(*LAYERS))
     assert main(["compile", "m", "-o", "out", "--centres", "online", "--no-norm"]) == 0
@@ -70,7 +76,10 @@ def test_tensorrt_options_reach_the_config(stub, report) -> None:
             "--arch is for TensorRT targets; add --target tensorrt-rtx or tensorrt",
         ),
         ("-o out --policy streaming --target tensorrt --inline", "leave --inline out"),
-        ("-o out", "needs a statistics file"),
+        ("-o out --policy triattention", "needs a statistics file"),
+        ("-o out --terms gate", "needs the gates of a statistics file"),
+        ("-o out --terms trig,nope", "unknown term 'nope'"),
+        ("-o out --policy streaming --terms trig", "policy streaming has no --terms"),
         ("-o out --policy nope", "invalid choice: 'nope'"),
         ("-o out --policy streaming --budget 132", "budget 132 leaves no row to choose"),
         ("-o out --policy streaming --budget 0", "'0' is not a whole number"),

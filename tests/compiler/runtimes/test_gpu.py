@@ -15,7 +15,7 @@ from support.bundles import tiny_folder
 
 pytestmark = pytest.mark.gpu
 
-EVICTION = EvictionConfig(PolicyConfig(centres="online"), budget=48, interval=16, sinks=2, recent=8)
+EVICTION = EvictionConfig(PolicyConfig("triattention", centres="online"), budget=48, interval=16, sinks=2, recent=8)
 PROMPTS = [list(range(5, 75)), list(range(9, 20))]
 ONE, INDEX = np.ones(1, np.int32), np.zeros((1, 1), np.int64)
 

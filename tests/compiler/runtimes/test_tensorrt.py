@@ -17,7 +17,7 @@ from support.plan_stand_in import TensorRT, with_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-EVICTION = EvictionConfig(PolicyConfig(centres="online"), budget=48, interval=16, sinks=2, recent=8)
+EVICTION = EvictionConfig(PolicyConfig("triattention", centres="online"), budget=48, interval=16, sinks=2, recent=8)
 LIMITS = {"batch": 2, "capacity": 96, "chunk": 32}
 PROMPTS = [list(range(5, 75)), list(range(9, 20))]
 

@@ -34,13 +34,14 @@ fields = {
         text("scope", "per_layer_per_head"), number("kv_heads", 2), number("sinks", 2), number("recent", 8)],
 }
 for name, values in fields.items():
-    creator = registry.get_creator(name, "1", "")
+    version = "2" if name == "KeySieveSelect" else "1"
+    creator = registry.get_creator(name, version, "")
     print(name, *(f"{field.name}:{field.type.name}" for field in creator.field_names))
     for phase in (trt.TensorRTPhase.BUILD, trt.TensorRTPhase.RUNTIME):
         plugin = creator.create_plugin("layer", trt.PluginFieldCollection(values), phase)
         build = plugin.get_capability_interface(trt.PluginCapabilityType.BUILD)
         core = plugin.get_capability_interface(trt.PluginCapabilityType.CORE)
-        assert (core.plugin_name, core.plugin_version, core.plugin_namespace) == (name, "1", ""), name
+        assert (core.plugin_name, core.plugin_version, core.plugin_namespace) == (name, version, ""), name
         assert type(build).__name__ == "IPluginV3OneBuildV2", type(build)
     print(name, "outputs", build.num_outputs)
 assert registry.get_creator("KeySieveUpdate", "1", "").create_plugin(

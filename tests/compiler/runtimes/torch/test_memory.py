@@ -10,7 +10,7 @@ from keysieve.compiler.runtimes.torch import memory
 from keysieve.errors import EngineError
 from support.bundles import tiny_bundle
 
-EVICTION = EvictionConfig(PolicyConfig(centres="online"), budget=48, interval=16, sinks=2, recent=8)
+EVICTION = EvictionConfig(PolicyConfig("triattention", centres="online"), budget=48, interval=16, sinks=2, recent=8)
 
 
 @pytest.mark.parametrize("dense", [False, True])

@@ -13,7 +13,7 @@ from keysieve.compiler.runtimes.torch.program import read_program
 from keysieve.errors import BundleError
 from support.bundles import tiny_bundle
 
-EVICTION = EvictionConfig(PolicyConfig(centres="online"), budget=48, interval=16, sinks=2, recent=8)
+EVICTION = EvictionConfig(PolicyConfig("triattention", centres="online"), budget=48, interval=16, sinks=2, recent=8)
 CPU = torch.device("cpu")
 
 

@@ -13,7 +13,7 @@ from keysieve.errors import EngineError
 from support.bundles import tiny_bundle
 from support.tiny_models import VOCABULARY
 
-EVICTION = EvictionConfig(PolicyConfig(centres="online"), budget=48, interval=16, sinks=2, recent=8)
+EVICTION = EvictionConfig(PolicyConfig("triattention", centres="online"), budget=48, interval=16, sinks=2, recent=8)
 FREE = {"max_new_tokens": 120, "stop_tokens": []}
 
 
