@@ -66,7 +66,7 @@ $(MODEL)/config.json: | $(READY)
 
 demo: $(READY) $(MODEL)/config.json
 	rm -rf $(DEMO) $(DEMO_STATS)
-	echo "== calibrate: where the queries of every head point, before RoPE"
+	echo "== calibrate: where queries point before RoPE, and which rows every head will want"
 	$(BIN)/keysieve calibrate $(MODEL) -o $(DEMO_STATS) --max-tokens 8192
 	echo "== compile: one ONNX file that evicts its own cache"
 	$(BIN)/keysieve compile $(MODEL) -o $(DEMO) --stats $(DEMO_STATS) --budget 256 --interval 128
