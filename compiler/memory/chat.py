@@ -38,7 +38,12 @@ def _parrot(draw: Draw) -> Said:
 
 def _city(draw: Draw) -> Said:
     city = draw.of(CITIES)
-    return f"Hello! I am moving to {city} soon.", "Where did I say I am moving?", "You said that you are moving to", city
+    return (
+        f"Hello! I am moving to {city} soon.",
+        "Where did I say I am moving?",
+        "You said that you are moving to",
+        city,
+    )
 
 
 def _train(draw: Draw) -> Said:

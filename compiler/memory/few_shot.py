@@ -3,29 +3,30 @@
 from collections.abc import Callable
 
 from keysieve.compiler.memory.trial import GAP, Draft
-from keysieve.compiler.memory.words import CITIES, NOUNS, Draw
+from keysieve.compiler.memory.words import CODE_WORDS, NOUNS, Draw
 
-SHOTS = 8
+SHOTS = 10
+MARKS = "[[ ]],{{ }},<< >>,** **,/* */,(( )),~~ ~~,## ##,|| ||".split(",")
 
 Mapping = Callable[[str], str]
 
 
-def _ending(draw: Draw) -> Mapping:
-    ending = draw.ending()
-    return lambda word: f"{word}{ending}"
+def _word(draw: Draw) -> Mapping:
+    word = draw.of(CODE_WORDS)
+    return lambda noun: f"{noun} {word}"
 
 
-def _beginning(draw: Draw) -> Mapping:
-    beginning = draw.ending()
-    return lambda word: f"{beginning} {word}"
+def _marks(draw: Draw) -> Mapping:
+    before, after = draw.of(MARKS).split()
+    return lambda noun: f"{before}{noun}{after}"
 
 
-def _frame(draw: Draw) -> Mapping:
-    city = draw.of(CITIES)
-    return lambda word: f"the {word} of {city}"
+def _number(draw: Draw) -> Mapping:
+    number = draw.number(3)
+    return lambda noun: f"{noun} {number}"
 
 
-FORMS: tuple[Callable[[Draw], Mapping], ...] = (_ending, _beginning, _frame)
+FORMS: tuple[Callable[[Draw], Mapping], ...] = (_word, _marks, _number)
 
 
 def few_shot(draw: Draw, number: int) -> Draft:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from keysieve.compiler.memory.words import CITIES, GIVEN, Draw
+from keysieve.compiler.memory.words import BYSTANDERS, TOWNS, Draw
 
 SOMEBODY = (
     "the old teacher, a young couple from the coast, the woman at the counter, one of the drivers, my uncle, "
@@ -15,7 +15,7 @@ DID = (
     "told the story of the flood again, leaned against the wall and yawned, looked for a pair of gloves, "
     "bought a bag of cherries, hung the washing between two trees, talked about moving to the south, "
     "fed the pigeons with crumbs, played chess against nobody, repaired the radio on the kitchen table, "
-    "took a photograph of the clouds, cut the hedge far too short, dropped a spoon and did not pick it up"
+    "took a photograph of the clouds, cut the hedge far too short, dropped a spoon and left it there"
 ).split(", ")
 WHEN = (
     "on most evenings, towards the end of summer, after the concert, just before lunch, every other weekend, "
@@ -29,7 +29,7 @@ WHERE = (
 ).split(", ")
 THINGS = (
     "the soup, the new timetable, the noise from the building site, the smell of paint, the long queue, the music, "
-    "the broken fountain, the price of bread, the morning paper, the colour of the sea, the stairs, the empty chair"
+    "the broken fountain, the taste of the bread, the morning paper, the colour of the sea, the stairs, the empty chair"
 ).split(", ")
 SEEMED = (
     "hardly worth mentioning, better than expected, a little strange, much the same as ever, a reason to stay longer, "
@@ -47,14 +47,16 @@ _FORMS: tuple[Callable[[Draw], str], ...] = (
     lambda d: f"{_capital(d.of(SOMEBODY))} {d.of(DID)}, and {d.of(SOMEBODY)} {d.of(DID)}.",
     lambda d: f"{_capital(d.of(WHERE))}, {d.of(SOMEBODY)} {d.of(DID)}.",
     lambda d: f"{_capital(d.of(THINGS))} seemed {d.of(SEEMED)}.",
-    lambda d: f"{d.of(GIVEN)} thought that {d.of(THINGS)} was {d.of(SEEMED)}, but {d.of(SOMEBODY)} thought otherwise.",
-    lambda d: f"In {d.of(CITIES)}, {d.of(WHEN)}, one could see how {d.of(SOMEBODY)} {d.of(DID)}.",
-    lambda d: f"{d.of(GIVEN)} and {d.of(GIVEN)} met {d.of(WHERE)} and spoke about {d.of(THINGS)}.",
-    lambda d: f"What {d.of(GIVEN)} liked best about {d.of(CITIES)} was {d.of(THINGS)}.",
+    lambda d: (
+        f"{d.of(BYSTANDERS)} thought that {d.of(THINGS)} was {d.of(SEEMED)}, but {d.of(SOMEBODY)} thought otherwise."
+    ),
+    lambda d: f"In {d.of(TOWNS)}, {d.of(WHEN)}, one could see how {d.of(SOMEBODY)} {d.of(DID)}.",
+    lambda d: f"{d.of(BYSTANDERS)} and {d.of(BYSTANDERS)} met {d.of(WHERE)} and spoke about {d.of(THINGS)}.",
+    lambda d: f"What {d.of(BYSTANDERS)} liked best about {d.of(TOWNS)} was {d.of(THINGS)}.",
     lambda d: f"Although {d.of(THINGS)} was {d.of(SEEMED)}, {d.of(SOMEBODY)} {d.of(DID)} {d.of(WHEN)}.",
-    lambda d: f'"I could get used to {d.of(THINGS)}," said {d.of(GIVEN)} {d.of(WHEN)}.',
+    lambda d: f'"I could get used to {d.of(THINGS)}," said {d.of(BYSTANDERS)} {d.of(WHEN)}.',
     lambda d: f"Nobody knew why {d.of(SOMEBODY)} {d.of(DID)} {d.of(WHERE)}.",
-    lambda d: f"Once {d.of(GIVEN)} {d.of(DID)}, {d.of(THINGS)} no longer mattered.",
+    lambda d: f"Once {d.of(BYSTANDERS)} {d.of(DID)}, {d.of(THINGS)} no longer mattered.",
     lambda d: d.of(REMARKS),
     lambda d: d.of(REMARKS),
 )

@@ -11,8 +11,8 @@ Order = tuple[str, str, str]  # instruction, end of the prompt, answer
 def _reply(draw: Draw) -> Order:
     noun, word = draw.of(NOUNS), draw.of(CODE_WORDS)
     return (
-        f"Instruction: when the user asks about the {noun}, reply with the word {word} and nothing else.",
-        f"User: What about the {noun}?\nReply:",
+        f"Instruction: any question about the {noun} gets the answer {word}, and nothing else.",
+        f"Question: What about the {noun}?\nAs instructed, the answer is",
         word,
     )
 
@@ -29,8 +29,8 @@ def _closing(draw: Draw) -> Order:
 def _address(draw: Draw) -> Order:
     title = f"Professor {draw.of(CODE_WORDS)}"
     return (
-        f"Instruction: after the story, thank the reader, who wants to be called {title}.",
-        "The story is over.\n\nThank you for reading,",
+        f"Instruction: the reader of this story has to be addressed as {title}.",
+        "The story is over. As instructed, the reader is addressed as",
         title,
     )
 

@@ -3,41 +3,38 @@
 from collections.abc import Callable
 
 from keysieve.compiler.memory.trial import GAP, Draft
-from keysieve.compiler.memory.words import CODE_WORDS, GIVEN, NOUNS, Draw
+from keysieve.compiler.memory.words import CODE_WORDS, NOUNS, Draw
 
-ENTRIES = 10
+ENTRIES = 8
 
-Form = tuple[str, list[str], list[str], str, str]  # title, keys, values, a line of the list, the question
-
-
-def _prices(draw: Draw) -> Form:
-    line = "{key} = {value}"
-    return "Stock list", draw.some(NOUNS, ENTRIES), draw.numbers(4, ENTRIES), line, "From the stock list:\n{key} ="
+Form = tuple[str, str, str, list[str]]  # title, what stands before a value, what after it, the values
 
 
-def _seats(draw: Draw) -> Form:
-    line = "- {key}: seat {value}"
-    return "Seating plan", draw.some(GIVEN, ENTRIES), draw.numbers(3, ENTRIES), line, "Seating plan:\n- {key}: seat"
+def _stock(draw: Draw) -> Form:
+    return "Stock list", "{key} =", "", draw.numbers(4, ENTRIES)
+
+
+def _rooms(draw: Draw) -> Form:
+    return "Rooms", "- {key}:", "", draw.numbers(3, ENTRIES)
 
 
 def _signals(draw: Draw) -> Form:
-    line = "* {key} -> {value}"
-    return "Signals", draw.some(NOUNS, ENTRIES), draw.some(CODE_WORDS, ENTRIES), line, "Signals:\n* {key} ->"
+    return "Signals", "* {key} ->", "", draw.some(CODE_WORDS, ENTRIES)
 
 
 def _table(draw: Draw) -> Form:
-    line = "| {key} | {value} |"
-    return "Lockers", draw.some(GIVEN, ENTRIES), draw.numbers(4, ENTRIES), line, "Lockers:\n\n| {key} |"
+    return "Catalogue", "| {key} |", " |", draw.numbers(4, ENTRIES)
 
 
-FORMS: tuple[Callable[[Draw], Form], ...] = (_prices, _seats, _signals, _table)
+FORMS: tuple[Callable[[Draw], Form], ...] = (_stock, _rooms, _signals, _table)
 
 
 def lists(draw: Draw, number: int) -> Draft:
     """The form goes round with the trial's number; the list stands after 5 to 60 % of the filler."""
-    title, keys, values, line, question = FORMS[number % len(FORMS)](draw)
-    asked = draw.random.randrange(ENTRIES)
-    entries = [line.format(key=key, value=value) for key, value in zip(keys, values, strict=True)]
+    title, before, after, values = FORMS[number % len(FORMS)](draw)
+    keys, asked = draw.some(NOUNS, ENTRIES), draw.random.randrange(ENTRIES)
+    beginnings = [before.format(key=key) for key in keys]
+    entries = "\n".join(f"{beginning} {value}{after}" for beginning, value in zip(beginnings, values, strict=True))
     depth = draw.between(0.05, 0.6)
-    text = f"{GAP}\n\n{title}:\n\n" + "\n".join(entries) + f"\n\n{GAP}\n\n" + question.format(key=keys[asked])
+    text = f"{GAP}\n\n{title}:\n\n{entries}\n\n{GAP}\n\n{title}:\n\n{beginnings[asked]}"
     return Draft(text, values[asked], (depth, 1 - depth))

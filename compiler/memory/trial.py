@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from keysieve.compiler.memory.filler import filler
@@ -48,7 +47,7 @@ def make_trial(draft: Draft, draw: Draw, tokenizer: Any, tokens: int) -> Trial:
     """
     text, special = _rendered(draft, tokenizer)
     pieces = text.split(GAP)
-    sentences = [list(islice(filler(draw), tokens)) for _ in draft.shares]
+    sentences = [_sentences(draw, tokens) for _ in draft.shares]
 
     def encode(words: int) -> list[int]:
         fills = _fills(sentences, draft.shares, words)
@@ -70,7 +69,18 @@ def make_trial(draft: Draft, draw: Draw, tokenizer: Any, tokens: int) -> Trial:
     return Trial(prompt, draft.answer)
 
 
-def _fills(sentences: Sequence[Sequence[str]], shares: Sequence[float], words: int) -> list[str]:
+def _sentences(draw: Draw, words: int) -> list[list[str]]:
+    """Sentences of filler as lists of words, of at least so many words in all."""
+    result: list[list[str]] = []
+    for sentence in filler(draw):
+        if words <= 0:
+            break
+        result.append(sentence.split())
+        words -= len(result[-1])
+    return result
+
+
+def _fills(sentences: Sequence[Sequence[list[str]]], shares: Sequence[float], words: int) -> list[str]:
     """Filler for every gap, of `words` words in all: whole sentences, but the last gap's end is cut."""
     left, result = words, []
     for number, (stream, share) in enumerate(zip(sentences, shares, strict=True)):
@@ -79,7 +89,7 @@ def _fills(sentences: Sequence[Sequence[str]], shares: Sequence[float], words: i
         for sentence in stream:
             if len(taken) >= wanted:
                 break
-            taken += sentence.split()
+            taken += sentence
         taken = taken[:left]
         left -= len(taken)
         result.append(_ended(" ".join(taken if number < len(shares) - 1 else taken[:wanted])))

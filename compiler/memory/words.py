@@ -11,9 +11,14 @@ FAMILY = (
     "Carter Bennett Hughes Morgan Foster Reed Palmer Turner Dawson Griffin Wallace Barnes Holt Pearce Webb Lawson "
     "Sutton Harper"
 ).split()
-CITIES = "Brighton Dresden Toledo Bergen Lucerne Bristol Geneva Lisbon Salzburg Antwerp Verona Aarhus Leeds Turin".split()
+CITIES = (
+    "Brighton Dresden Toledo Bergen Lucerne Bristol Geneva Lisbon Salzburg Antwerp Verona Aarhus Leeds Turin".split()
+)
+# Those of the filler, which are no answer.
+BYSTANDERS = "Edward Louise Frank Agnes George Marion Henry Teresa Leonard Judith Robert Adele Philip Nancy".split()
+TOWNS = "Ghent Malaga Tampere Krakow Bologna Utrecht Cork Porto Basel Rostock Nantes Graz".split()
 STREETS = "Chestnut Station Church Castle Market Victoria Orchard Bridge Park Windmill".split()
-ADJECTIVES = "narrow wooden rusty yellow square heavy hollow modern quiet broken polished crooked".split()
+ADJECTIVES = "narrow wooden rusty yellow square heavy dusty modern quiet broken polished crooked".split()
 FURNITURE = "cabinet door locker vault shed drawer chest wardrobe gate container".split()
 NOUNS = (
     "lamp chair river candle bottle garden pencil mirror basket window ladder pillow hammer carpet button saddle "
@@ -24,8 +29,6 @@ CODE_WORDS = (
     "Thunder Falcon Emerald Harvest Compass Velvet Glacier Saffron Tornado Pelican Orchid Granite Comet Juniper "
     "Walnut Dragon"
 ).split()
-LABELS = "Rome Tokyo Cairo Delhi Oslo Lima Paris Quito".split()
-SYLLABLES = "bo ri nal tem pu sar ket vin dol wem gar lup".split()
 
 
 class Draw:
@@ -53,7 +56,3 @@ class Draw:
 
     def person(self) -> str:
         return f"{self.of(GIVEN)} {self.of(FAMILY)}"
-
-    def ending(self) -> str:
-        """A made-up ending of two syllables."""
-        return "".join(self.some(SYLLABLES, 2))
