@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 from keysieve.compiler.memory.trial import GAP, Draft
-from keysieve.compiler.memory.words import CODE_WORDS, NOUNS, Draw
+from keysieve.compiler.memory.words import CODE_WORDS, NOUNS, Draw, listed
 
 SHOTS = 10
-MARKS = "[[ ]],{{ }},<< >>,** **,/* */,(( )),~~ ~~,## ##,|| ||".split(",")
+MARKS = listed("[[ ]],{{ }},<< >>,** **,/* */,(( )),~~ ~~,## ##,|| ||", by=",")
 
 Mapping = Callable[[str], str]
 

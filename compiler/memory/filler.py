@@ -2,45 +2,54 @@
 
 from collections.abc import Callable, Iterator
 
-from keysieve.compiler.memory.words import BYSTANDERS, TOWNS, Draw
+from keysieve.compiler.memory.words import BYSTANDERS, TOWNS, Draw, listed
 
-SOMEBODY = (
+SOMEBODY = listed(
     "the old teacher, a young couple from the coast, the woman at the counter, one of the drivers, my uncle, "
     "the night nurse, a group of students, the man with the accordion, our landlady, the new librarian, a tired clerk, "
-    "the twins next door, a retired captain, the cook, somebody from the council, the girl on the balcony"
-).split(", ")
-DID = (
+    "the twins next door, a retired captain, the cook, somebody from the council, the girl on the balcony",
+    by=", ",
+)
+DID = listed(
     "stopped to look at the swans, asked for another cup of tea, laughed without saying why, opened all the shutters, "
     "hummed a tune from the radio, carried the boxes upstairs, drew a map on a napkin, forgot to lock the bicycle, "
     "told the story of the flood again, leaned against the wall and yawned, looked for a pair of gloves, "
     "bought a bag of cherries, hung the washing between two trees, talked about moving to the south, "
     "fed the pigeons with crumbs, played chess against nobody, repaired the radio on the kitchen table, "
-    "took a photograph of the clouds, cut the hedge far too short, dropped a spoon and left it there"
-).split(", ")
-WHEN = (
+    "took a photograph of the clouds, cut the hedge far too short, dropped a spoon and left it there",
+    by=", ",
+)
+WHEN = listed(
     "on most evenings, towards the end of summer, after the concert, just before lunch, every other weekend, "
-    "at that hour, some years earlier, during the holidays, while the shops were closed, by the time the lights came on, "
-    "shortly after breakfast, on the way home, when the wind dropped, between two meetings"
-).split(", ")
-WHERE = (
+    "at that hour, some years earlier, during the holidays, while the shops were closed, "
+    "by the time the lights came on, shortly after breakfast, on the way home, when the wind dropped, "
+    "between two meetings",
+    by=", ",
+)
+WHERE = listed(
     "in the park behind the theatre, at the corner of the square, near the tram stop, beside the canal, "
     "in front of the town hall, under the railway arch, on the hill above the harbour, at the back of the bakery, "
-    "along the river path, in the waiting room, on the steps of the church, among the market stalls"
-).split(", ")
-THINGS = (
+    "along the river path, in the waiting room, on the steps of the church, among the market stalls",
+    by=", ",
+)
+THINGS = listed(
     "the soup, the new timetable, the noise from the building site, the smell of paint, the long queue, the music, "
-    "the broken fountain, the taste of the bread, the morning paper, the colour of the sea, the stairs, the empty chair"
-).split(", ")
-SEEMED = (
+    "the broken fountain, the taste of the bread, the morning paper, the colour of the sea, the stairs, the empty chair",
+    by=", ",
+)
+SEEMED = listed(
     "hardly worth mentioning, better than expected, a little strange, much the same as ever, a reason to stay longer, "
-    "impossible to explain, older than it looked, good enough for a rainy afternoon, a matter of taste, quite comforting"
-).split(", ")
-REMARKS = (
+    "impossible to explain, older than it looked, good enough for a rainy afternoon, a matter of taste, "
+    "quite comforting",
+    by=", ",
+)
+REMARKS = listed(
     "It was pleasant enough.|No one seemed to be in a hurry.|There are worse ways to spend an afternoon.|"
     "Then it was quiet again.|That was how things were done there.|Perhaps it was only the light.|"
     "The conversation drifted to other things.|Everybody agreed, more or less.|Still, it was hard to be sure.|"
-    "After a while the rain stopped.|The rest of the day passed slowly.|Some said it had always been like that."
-).split("|")
+    "After a while the rain stopped.|The rest of the day passed slowly.|Some said it had always been like that.",
+    by="|",
+)
 
 _FORMS: tuple[Callable[[Draw], str], ...] = (
     lambda d: f"{_capital(d.of(WHEN))}, {d.of(SOMEBODY)} {d.of(DID)}.",

@@ -3,32 +3,38 @@
 import random
 from collections.abc import Sequence
 
-GIVEN = (
+
+def listed(text: str, by: str = " ") -> list[str]:
+    """The words of a text, or its parts between other separators."""
+    return text.split(by)
+
+
+GIVEN = listed(
     "Alice Martin Sophie Daniel Emma Oliver Hannah Victor Clara Samuel Julia Peter Nora Simon Helen Arthur Lucy Edgar "
     "Irene Walter Diana Felix Martha Conrad"
-).split()
-FAMILY = (
+)
+FAMILY = listed(
     "Carter Bennett Hughes Morgan Foster Reed Palmer Turner Dawson Griffin Wallace Barnes Holt Pearce Webb Lawson "
     "Sutton Harper"
-).split()
-CITIES = (
-    "Brighton Dresden Toledo Bergen Lucerne Bristol Geneva Lisbon Salzburg Antwerp Verona Aarhus Leeds Turin".split()
+)
+CITIES = listed(
+    "Brighton Dresden Toledo Bergen Lucerne Bristol Geneva Lisbon Salzburg Antwerp Verona Aarhus Leeds Turin"
 )
 # Those of the filler, which are no answer.
-BYSTANDERS = "Edward Louise Frank Agnes George Marion Henry Teresa Leonard Judith Robert Adele Philip Nancy".split()
-TOWNS = "Ghent Malaga Tampere Krakow Bologna Utrecht Cork Porto Basel Rostock Nantes Graz".split()
-STREETS = "Chestnut Station Church Castle Market Victoria Orchard Bridge Park Windmill".split()
-ADJECTIVES = "narrow wooden rusty yellow square heavy dusty modern quiet broken polished crooked".split()
-FURNITURE = "cabinet door locker vault shed drawer chest wardrobe gate container".split()
-NOUNS = (
+BYSTANDERS = listed("Edward Louise Frank Agnes George Marion Henry Teresa Leonard Judith Robert Adele Philip Nancy")
+TOWNS = listed("Ghent Malaga Tampere Krakow Bologna Utrecht Cork Porto Basel Rostock Nantes Graz")
+STREETS = listed("Chestnut Station Church Castle Market Victoria Orchard Bridge Park Windmill")
+ADJECTIVES = listed("narrow wooden rusty yellow square heavy dusty modern quiet broken polished crooked")
+FURNITURE = listed("cabinet door locker vault shed drawer chest wardrobe gate container")
+NOUNS = listed(
     "lamp chair river candle bottle garden pencil mirror basket window ladder pillow hammer carpet button saddle "
     "bridge feather blanket anchor engine helmet magnet needle"
-).split()
-PETS = "Biscuit Pepper Waffles Domino Marble Pickle Ginger Shadow Maple Cookie Bandit Sunny Misty Rocket".split()
-CODE_WORDS = (
+)
+PETS = listed("Biscuit Pepper Waffles Domino Marble Pickle Ginger Shadow Maple Cookie Bandit Sunny Misty Rocket")
+CODE_WORDS = listed(
     "Thunder Falcon Emerald Harvest Compass Velvet Glacier Saffron Tornado Pelican Orchid Granite Comet Juniper "
     "Walnut Dragon"
-).split()
+)
 
 
 class Draw:
