@@ -34,7 +34,8 @@ WHERE = listed(
 )
 THINGS = listed(
     "the soup, the new timetable, the noise from the building site, the smell of paint, the long queue, the music, "
-    "the broken fountain, the taste of the bread, the morning paper, the colour of the sea, the stairs, the empty chair",
+    "the broken fountain, the taste of the bread, the morning paper, the colour of the sea, the stairs, "
+    "the empty chair",
     by=", ",
 )
 SEEMED = listed(

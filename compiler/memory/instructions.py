@@ -12,7 +12,7 @@ def _reply(draw: Draw) -> Order:
     noun, word = draw.of(NOUNS), draw.of(CODE_WORDS)
     return (
         f"Instruction: any question about the {noun} gets the answer {word}, and nothing else.",
-        f"Question: What about the {noun}?\nAs instructed, the answer is",
+        f"Question: What about the {noun}?\nAs instructed, the answer is the word",
         word,
     )
 
