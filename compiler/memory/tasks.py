@@ -8,7 +8,11 @@ from keysieve.compiler.memory.facts import facts
 from keysieve.compiler.memory.few_shot import few_shot
 from keysieve.compiler.memory.instructions import instructions
 from keysieve.compiler.memory.lists import lists
+from keysieve.compiler.memory.needles import niah_needle, niah_noise
 from keysieve.compiler.memory.trial import Draft, Trial, make_trial
+from keysieve.compiler.memory.two_orders import two_orders
+from keysieve.compiler.memory.variables import variables
+from keysieve.compiler.memory.word_row import word_row
 from keysieve.compiler.memory.words import Draw
 from keysieve.errors import ConfigError
 
@@ -18,6 +22,11 @@ TASKS: dict[str, Callable[[Draw, int], Draft]] = {
     "instructions": instructions,
     "few-shot": few_shot,
     "chat": chat,
+    "niah-noise": niah_noise,
+    "niah-needle": niah_needle,
+    "variables": variables,
+    "words": word_row,
+    "both": two_orders,
 }
 
 

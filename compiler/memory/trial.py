@@ -1,7 +1,7 @@
 """A trial: a prompt of a wanted number of tokens that ends where the answer begins, and the answer."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,14 @@ class Draft:
     """What a task writes, without its filler.
 
     text: ends where the answer begins, with GAP where filler goes; answer: what must come then. shares: of the filler,
-    one a gap. turns: those of a chat before text, by role and content, with gaps too.
+    one a gap. turns: those of a chat before text, by role and content, with gaps too. filler: what gives its sentences.
     """
 
     text: str
     answer: str
     shares: Sequence[float] = (1.0,)
     turns: Sequence[tuple[str, str]] = ()
+    filler: Callable[[Draw], Iterator[str]] = filler
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def make_trial(draft: Draft, draw: Draw, tokenizer: Any, tokens: int) -> Trial:
     """
     text, special = _rendered(draft, tokenizer)
     pieces = text.split(GAP)
-    sentences = [_sentences(draw, tokens) for _ in draft.shares]
+    sentences = [_sentences(draft.filler(draw), tokens) for _ in draft.shares]
 
     def encode(words: int) -> list[int]:
         fills = _fills(sentences, draft.shares, words)
@@ -69,10 +70,10 @@ def make_trial(draft: Draft, draw: Draw, tokenizer: Any, tokens: int) -> Trial:
     return Trial(prompt, draft.answer)
 
 
-def _sentences(draw: Draw, words: int) -> list[list[str]]:
-    """Sentences of filler as lists of words, of at least so many words in all."""
+def _sentences(stream: Iterator[str], words: int) -> list[list[str]]:
+    """Sentences of a stream as lists of words, of at least so many words in all."""
     result: list[list[str]] = []
-    for sentence in filler(draw):
+    for sentence in stream:
         if words <= 0:
             break
         result.append(sentence.split())
