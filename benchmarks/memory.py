@@ -59,12 +59,13 @@ NAMES = [contestant.name for contestant in CONTESTANTS]
 
 def main() -> None:
     options = parse()
-    rows = [] if options.fresh else saved_rows()
+    rows = saved_rows()
     dense: dict[str, list[bool]] = {}
     for contestant in CONTESTANTS:
         if contestant.name not in options.only:
             continue
-        missing = {task: left for task in options.tasks if (left := unmeasured(rows, contestant.name, task, options))}
+        done = [] if options.fresh else rows
+        missing = {task: left for task in options.tasks if (left := unmeasured(done, contestant.name, task, options))}
         if not missing:
             continue
         engine = load(compiled(contestant, options), options.threads)
