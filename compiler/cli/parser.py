@@ -2,7 +2,7 @@
 
 from argparse import SUPPRESS, ArgumentParser
 
-from keysieve.compiler.cli import calibrate, compare, compile, doctor, inspect, models, plugin, run
+from keysieve.compiler.cli import calibrate, compare, compile, doctor, inspect, models, plugin, remember, run
 from keysieve.version import __version__
 
 VERBS = {
@@ -12,6 +12,7 @@ VERBS = {
     "models": (models, "show the architectures that were tested, and what came of it"),
     "run": (run, "generate text with a bundle"),
     "compare": (compare, "measure what eviction costs on text"),
+    "remember": (remember, "measure what an engine still knows after eviction"),
     "plugin": (plugin, "build the TensorRT plugin library of a bundle"),
     "doctor": (doctor, "show what is installed, and what can be built and run here"),
 }

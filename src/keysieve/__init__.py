@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from keysieve.compiler.doctor import doctor
     from keysieve.compiler.engine import load
     from keysieve.compiler.inspect import inspect
+    from keysieve.compiler.memory import remember
     from keysieve.compiler.models import models
     from keysieve.compiler.statistics_report import statistics_report
     from keysieve.errors import (
@@ -38,6 +39,7 @@ __all__ = [
     "inspect",
     "models",
     "compare",
+    "remember",
     "doctor",
     "statistics_report",
     # their options
@@ -62,6 +64,7 @@ _HOMES = {
     "inspect": "keysieve.compiler.inspect",
     "models": "keysieve.compiler.models",
     "compare": "keysieve.compiler.compare",
+    "remember": "keysieve.compiler.memory",
     "doctor": "keysieve.compiler.doctor",
     "statistics_report": "keysieve.compiler.statistics_report",
     "PolicyConfig": "keysieve.compiler.config",

@@ -72,6 +72,18 @@ def test_compare(work: Path, capsys: pytest.CaptureFixture) -> None:
     assert all(wanted <= set(row) for row in found["rows"])
 
 
+def test_remember(work: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ["remember", str(work / "bundle"), "--tasks", "facts,chat", "--budgets", "24,64", "--tokens", "1600"]
+    found = run_json(capsys, *command, "--trials", "2", "--quiet", "--threads", "1")
+    assert [(row["task"], row["budget"]) for row in found["rows"]] == [
+        ("facts", 24),
+        ("facts", 64),
+        ("chat", 24),
+        ("chat", 64),
+    ]
+    assert all(0 <= row["kept"] <= row["dense"] <= row["trials"] == 2 for row in found["rows"])
+
+
 def test_few_tokens_are_a_warning(work: Path, capsys: pytest.CaptureFixture) -> None:
     text = work / "short.txt"
     text.write_text("A key is kept while it matters, and the rest is forgotten in good order.\n" * 3, "utf-8")
@@ -87,6 +99,8 @@ def test_few_tokens_are_a_warning(work: Path, capsys: pytest.CaptureFixture) -> 
         ("run {work}/bundle --prompt x --capacity 10", "capacity 10 is too small"),
         ("run {work}/bundle --prompt x --max-new-tokens 5000", "the model was made for 4096"),
         ("compare {work}/bundle --text {work}/no.txt", "there is no text file"),
+        ("remember {work}/bundle --budgets 24 --tokens 30", "budget 24 evicts nothing"),
+        ("remember {work}/bundle --budgets 24 --tokens 5000", "was made for 4,096 positions"),
         ("compile {work}/model -o {work}/bundle --policy streaming", "exists already"),
         ("compile {work}/model -o {work}/new --stats {work}/no.safetensors", "no such file"),
         ("compile {work}/none -o {work}/new --policy streaming", "cannot load"),
