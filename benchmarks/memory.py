@@ -50,8 +50,8 @@ CONTESTANTS = [
     Contestant("streaming", PolicyConfig("streaming")),
     Contestant("key-norm", PolicyConfig("key-norm")),
     Contestant("random", PolicyConfig("random")),
-    Contestant("triattention online", PolicyConfig(centres="online")),
-    Contestant("triattention online, head classes", PolicyConfig(centres="online"), "classes", learned=True),
+    Contestant("triattention online", PolicyConfig("triattention", "online")),
+    Contestant("triattention online, head classes", PolicyConfig("triattention", "online"), "classes", learned=True),
     Contestant("sieve", PolicyConfig("sieve"), learned=True),
 ]
 NAMES = [contestant.name for contestant in CONTESTANTS]
