@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,13 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from keysieve.compiler.bundle import MODEL, PROGRAM, STATE, WEIGHTS, Bundle, open_bundle
-from keysieve.compiler.config import TARGETS, PolicyConfig
+from keysieve.compiler.config import TARGETS, EvictionConfig, PolicyConfig
 from keysieve.compiler.head_classes import class_budgets
 from keysieve.compiler.rows import MOST_ROWS, one_a_sequence
 from keysieve.compiler.runtimes import Runtime, Session
 from keysieve.compiler.sampling import Sampling
 from keysieve.compiler.session import Counters
-from keysieve.errors import BundleError, EngineError
+from keysieve.errors import BundleError, ConfigError, EngineError
 
 Prompt = str | Sequence[int]
 DEVICES = ("cpu", "cuda")
@@ -348,16 +348,28 @@ def load(
 
 def _check_complete(bundle: Bundle) -> None:
     """Raise BundleError unless the bundle is of a known target and names the files that this needs."""
-    target, eviction = bundle.manifest["target"], bundle.manifest["eviction"]
+    target, policy = bundle.manifest["target"], _policy(bundle)
     if target not in TARGETS:
         raise BundleError(f"{bundle.path} is of target {target!r}, which this keysieve does not know; compile it again")
     needed = [PROGRAM, WEIGHTS] if target == "torch" else [MODEL]
-    policy = PolicyConfig(**eviction["policy"])
     if policy.trigonometric and policy.centres == "online" and bundle.manifest["classes"]:
         needed.append(STATE)
     missing = [name for name in needed if name not in bundle.manifest["files"]]
     if missing:
         raise BundleError(f"{bundle.path} lacks {', '.join(missing)}; compile the bundle again")
+
+
+def _policy(bundle: Bundle) -> PolicyConfig:
+    """The policy of a bundle. Raises BundleError unless all that a manifest says of eviction is there."""
+    eviction = bundle.manifest["eviction"]
+    try:
+        missing = sorted({each.name for each in fields(EvictionConfig)} - set(eviction))
+        if not missing:
+            return PolicyConfig(**eviction["policy"])
+        cause: object = f"it lacks {', '.join(missing)}"
+    except (TypeError, ConfigError) as error:
+        cause = error
+    raise BundleError(f"{bundle.path}: its manifest's eviction is damaged: {cause}; compile the bundle again")
 
 
 def _load_tokenizer(path: Path) -> Any:

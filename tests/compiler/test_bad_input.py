@@ -377,11 +377,14 @@ def test_a_graph_that_the_runtime_cannot_load(name: str, native: bool, bundle: P
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        (lambda manifest: manifest["eviction"].pop("interval"), "eviction is damaged: it lacks interval"),
+        (lambda manifest: manifest["eviction"]["policy"].update(name="foo"), "eviction is damaged: unknown policy"),
+        (lambda manifest: manifest["eviction"].update(policy=["sieve"]), "eviction is damaged"),
         (lambda manifest: manifest.update(target="foo"), "is of target 'foo', which this keysieve does not know"),
         (lambda manifest: manifest["files"].pop("model.onnx"), "lacks model.onnx; compile the bundle again"),
         (lambda manifest: manifest.update(target="torch"), "lacks program.json, model.safetensors"),
     ],
-    ids=("target", "model", "program"),
+    ids=("interval", "policy name", "policy", "target", "model", "program"),
 )
 def test_a_bundle_that_lacks_what_its_target_needs(
     bundle: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object], said: str

@@ -1,13 +1,15 @@
 """The emitted PTX, executed on the CPU: against the reference, with its traffic counted, and with mistakes put in."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from keysieve.kernels.triton.aot import Artifact, build
+from keysieve.kernels.triton.aot import Artifact, build, build_variant
 from keysieve.kernels.triton.configuration import KernelConfiguration
+from keysieve.kernels.triton.variants import select_plan, update_numbers
 from support.ptx import Device, PtxError, parse
 from support.ptx.arithmetic import multiply_high
 from support.ptx.cases import Case, Selection, plan_case, score_case, stats_case, update_case
@@ -82,6 +84,25 @@ def test_kernels_equal_the_reference(artifacts, model, arch):
     for name, artifact in artifacts(model, arch).items():
         report = inputs[name].run(artifact, seed=arch, most=2, turns=2)  # so few programs that they take several parts
         assert report.steps > 0
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("model", ["grouped", "interleaved", "partial"])
+def test_select_with_utilities_equals_the_reference(model, arch):
+    m = MODELS[model]
+    kernel = build_variant(select_plan(m.layers, m.query_heads, m.kv_heads, m.sinks, m.recent, m.scope, True), arch)
+    select = Selection(m, ints(1100, 300, 950), ints(1000, 301, 950), ints(700, 200, 850), ints(20, 0, 0), 1300)
+    plan_case(select, gated=True).run(kernel, seed=arch, most=2, turns=2)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("plan_heads", [1, 3])
+def test_rows_of_one_number_are_updated_as_the_reference_says(plan_heads, arch):
+    sizes = {"kv_heads": 3, "head_dim": 1, "value_dim": 1, "plan_layers": 1, "plan_heads": plan_heads}
+    case = update_case(
+        SimpleNamespace(dtype="float32", **sizes), ints(1400, 150, 301), ints(1300, -1, 0), capacity=1411, tokens=70
+    )
+    case.run(build_variant(update_numbers(3, plan_heads), arch), seed=arch)
 
 
 @pytest.mark.parametrize("name", ("score", "select_stats", "select_plan"))

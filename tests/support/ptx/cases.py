@@ -149,11 +149,13 @@ def stats_case(inputs: Selection) -> Case:
     return Case(fill, len(inputs.length), inputs.capacity)
 
 
-def plan_case(inputs: Selection) -> Case:
-    model = inputs.model
+def plan_case(inputs: Selection, gated: bool = False) -> Case:
+    """gated: with utilities, for a kernel that was built to add them."""
+    model, capacity = inputs.model, inputs.capacity
+    more = 2 * torch.randn(model.layers, len(inputs.length), model.kv_heads, capacity) if gated else None
     expected = reference.select(
         inputs.scores, inputs.length, inputs.limit, inputs.budget, inputs.pinned,
-        model.scope, model.kv_heads, model.sinks, model.recent,
+        model.scope, model.kv_heads, model.sinks, model.recent, more,
     )  # fmt: skip
 
     def fill(device: Device) -> tuple[list[Array | int], Callable[[], None]]:
@@ -161,6 +163,9 @@ def plan_case(inputs: Selection) -> Case:
         known = inputs.due[None, :, None, None] & needs_stats(model.scope)
         stats = device.array("stats", inputs.stats().numpy(), known, constant=True)
         shape = tuple(expected[0].shape)
+        utility = scores
+        if more is not None:
+            utility = device.array("utility", more.numpy(), inputs.held[None, :, None, :], constant=True)
         ranks, plan = device.empty("ranks", shape, "u4"), device.empty("plan", shape, "i4")
         keep, evicted = device.empty("keep", shape[1:2], "i4"), device.empty("evicted", shape[1:2], "i4")
 
@@ -173,7 +178,7 @@ def plan_case(inputs: Selection) -> Case:
                 right = (got.values == want.numpy()) | (got is plan) & ~got.held
                 assert right.all(), f"{got.name} differs in {(~right).sum()} places"
 
-        return [scores, stats, *placed, scores, ranks, plan, keep, evicted, len(inputs.length), inputs.capacity], check
+        return [scores, stats, *placed, utility, ranks, plan, keep, evicted, len(inputs.length), inputs.capacity], check
 
     return Case(fill, len(inputs.length), inputs.capacity)
 
@@ -183,7 +188,8 @@ def update_case(
 ) -> Case:
     """A random plan of `keep` of the `length` rows (-1: not due), then `tokens` new rows.
 
-    The new keys lie in memory as [B,S,Hkv,D], as a projection leaves them; the new values as [B,Hkv,S,Dv].
+    Where rows are single numbers, the case is of update_numbers. Else the new keys lie in memory as [B,S,Hkv,D], as a
+    projection leaves them; the new values as [B,Hkv,S,Dv].
     """
     batch, dtype = len(length), getattr(torch, model.dtype)
     plan = torch.zeros(model.plan_layers, batch, model.plan_heads, capacity, dtype=torch.int32)
@@ -196,8 +202,11 @@ def update_case(
     new = {name: torch.randn(batch, model.kv_heads, tokens, width).to(dtype) for name, width in widths.items()}
     old = {name: torch.randn(batch, model.kv_heads, capacity, width).to(dtype) for name, width in widths.items()}
     expected = reference.update(*new.values(), length, plan, keep, *old.values(), layer)
-    stored = {"key": new["key"].transpose(1, 2).contiguous(), "value": new["value"]}
-    strides = [*stored["key"].transpose(1, 2).stride()[:3], *stored["value"].stride()[:3]]
+    if set(widths.values()) == {1}:
+        stored, strides = new, []
+    else:
+        stored = {"key": new["key"].transpose(1, 2).contiguous(), "value": new["value"]}
+        strides = [*stored["key"].transpose(1, 2).stride()[:3], *stored["value"].stride()[:3]]
     end = torch.where(keep >= 0, keep, length) + tokens
 
     def fill(device: Device) -> tuple[list[Array | int], Callable[[], None]]:
