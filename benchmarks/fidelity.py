@@ -49,14 +49,21 @@ class Contestant:
     sinks: int = 4
     recent: int = 128
     scope: str = "per_layer_per_head"
+    heads: str | None = None
 
     @property
     def name(self) -> str:
         scope = "" if self.scope == "per_layer_per_head" else f" {self.scope}"
-        return f"{policy_name(asdict(self.policy))} {self.sinks}+{self.recent}{scope}"
+        heads = " uniform heads" if self.policy.name == "sieve" and self.heads == "uniform" else ""
+        terms = ("trig", "gate") if self.policy.name == "sieve" and self.policy.terms is None else self.policy.terms
+        name = policy_name(asdict(self.policy) | {"terms": terms})
+        return f"{name} {self.sinks}+{self.recent}{scope}{heads}"
 
 
 CONTESTANTS = [
+    Contestant(PolicyConfig("sieve")),
+    Contestant(PolicyConfig("sieve"), heads="uniform"),
+    Contestant(PolicyConfig("sieve", terms=("trig",))),
     Contestant(PolicyConfig("triattention")),
     Contestant(PolicyConfig("triattention", centres="online")),
     Contestant(PolicyConfig("streaming")),
@@ -83,7 +90,7 @@ def main() -> None:
     budgets = [int(budget) for budget in options.budgets.split(",")]
     WORK.mkdir(parents=True, exist_ok=True)
     stats = WORK / "stats.safetensors"
-    calibrate(options.model, stats, max_tokens=32768, gates=False)
+    calibrate(options.model, stats, max_tokens=32768)
     texts = options.texts or english_texts()
     dense: dict[Path, list[np.ndarray]] = {}
     rows = json.loads(RESULT.read_text())["rows"] if options.only and RESULT.is_file() else []
@@ -104,9 +111,14 @@ def run(
     folder = WORK / "bundle"
     shutil.rmtree(folder, ignore_errors=True)
     eviction = EvictionConfig(
-        contestant.policy, budget=256, sinks=contestant.sinks, recent=contestant.recent, scope=contestant.scope
+        contestant.policy,
+        budget=256,
+        sinks=contestant.sinks,
+        recent=contestant.recent,
+        scope=contestant.scope,
+        heads=contestant.heads,
     )
-    used = stats if contestant.policy.needs_statistics else None
+    used = stats if contestant.policy.needs_statistics or contestant.policy.name == "sieve" else None
     compile(model, folder, CompileConfig(eviction, stats=used), Progress(quiet=True))
     engine = load(folder)
     results = {budget: Fidelity() for budget in budgets}
@@ -122,7 +134,7 @@ def run(
     return [
         {
             "name": contestant.name,
-            "policy": policy_name(asdict(contestant.policy)),
+            "policy": contestant.name.split()[0],
             "budget": budget,
             "scope": contestant.scope,
             "sinks": contestant.sinks,

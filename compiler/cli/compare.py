@@ -1,6 +1,5 @@
 """keysieve compare DIR --text FILE...: what eviction costs, against the same engine without it."""
 
-import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +15,7 @@ from keysieve.compiler.cli.arguments import (
     positive_list,
     progress_of,
 )
-from keysieve.compiler.cli.terminal import quiet_transformers, show, show_json, table
-from keysieve.errors import KeySieveError
+from keysieve.compiler.cli.terminal import quiet_transformers, show_report, table
 
 BUDGETS = [256, 512, 1024]
 
@@ -49,22 +47,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     output = args.output and output_file(args.output)
-    from keysieve.compiler.bundle import write_atomically
     from keysieve.compiler.compare import compare
 
     quiet_transformers()
     more = given(args, "max_tokens", *ENGINE)
     report = compare(args.bundle, args.text, args.budgets, progress=progress_of(args), **more)
-    # Printed first: a disk that cannot take the file must not cost the result.
-    if args.json:
-        show_json(report)
-    else:
-        show(_text(report["rows"]))
-    if output:
-        try:
-            write_atomically(output, json.dumps(report, indent=1) + "\n")
-        except OSError as error:
-            raise KeySieveError(f"cannot write {output}: {error.strerror or error}; choose another -o") from error
+    show_report(report, _text(report["rows"]), args.json, output)
     return 0
 
 

@@ -1,6 +1,5 @@
 """keysieve remember DIR: what an engine still knows after eviction, beside its own run without it."""
 
-import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,9 +16,8 @@ from keysieve.compiler.cli.arguments import (
     positive_list,
     progress_of,
 )
-from keysieve.compiler.cli.terminal import quiet_transformers, show, show_json, table, usage_errors
+from keysieve.compiler.cli.terminal import quiet_transformers, show_report, table, usage_errors
 from keysieve.compiler.memory.tasks import TASKS, check_tasks
-from keysieve.errors import KeySieveError
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -44,22 +42,12 @@ def run(args: Namespace) -> int:
     output = args.output and output_file(args.output)
     with usage_errors():
         check_tasks(args.tasks or list(TASKS))
-    from keysieve.compiler.bundle import write_atomically
     from keysieve.compiler.memory import remember
 
     quiet_transformers()
     more = given(args, "tasks", "budgets", "tokens", "trials", "seed", *ENGINE)
     report = remember(args.bundle, progress=progress_of(args), **more)
-    # Printed first: a disk that cannot take the file must not cost the result.
-    if args.json:
-        show_json(report)
-    else:
-        show(_text(report["rows"]))
-    if output:
-        try:
-            write_atomically(output, json.dumps(report, indent=1) + "\n")
-        except OSError as error:
-            raise KeySieveError(f"cannot write {output}: {error.strerror or error}; choose another -o") from error
+    show_report(report, _text(report["rows"]), args.json, output)
     return 0
 
 

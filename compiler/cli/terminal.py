@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from keysieve.errors import ConfigError, KeySieveError
@@ -37,6 +38,25 @@ def show(text: str) -> None:
 def show_json(value: Any) -> None:
     """One JSON object on stdout."""
     show(json.dumps(value, indent=1))
+
+
+def show_report(report: Any, text: str, as_json: bool, output: Path | None) -> None:
+    """A report as text or as one JSON object on stdout, and as JSON in `output`, if that is given.
+
+    Printed first: a disk that cannot take the file must not cost the result. Raises KeySieveError where it cannot.
+    """
+    if as_json:
+        show_json(report)
+    else:
+        show(text)
+    if output is None:
+        return
+    from keysieve.compiler.bundle import write_atomically
+
+    try:
+        write_atomically(output, json.dumps(report, indent=1) + "\n")
+    except OSError as error:
+        raise KeySieveError(f"cannot write {output}: {error.strerror or error}; choose another -o") from error
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
