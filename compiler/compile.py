@@ -27,7 +27,7 @@ from keysieve.compiler.check_split import check_split
 from keysieve.compiler.choose_terms import choose_terms
 from keysieve.compiler.config import ON_TENSORRT, CompileConfig, EvictionConfig
 from keysieve.compiler.head_classes import HeadClasses, classify, uniform
-from keysieve.compiler.inspect import Report, report_of
+from keysieve.compiler.inspect import Report, of_layout, report_of
 from keysieve.compiler.model import identity, load_model, load_skeleton, load_tokenizer, round_weights
 from keysieve.compiler.pipeline import (
     Matched,
@@ -97,6 +97,7 @@ def compile(
         classes = _head_classes(config.eviction, matched, statistics)
         engine = engine_graph(matched, config.eviction, statistics, config.kv_dtype, classes)
         graph, layout = engine.graph, engine.layout(config.eviction.scope)
+        report = of_layout(report, layout)
         stage.note(f"{len(graph.fx.nodes):,} nodes")
     kernels = None
     if limits:

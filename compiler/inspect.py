@@ -1,6 +1,6 @@
 """inspect: what matches in a model, or what a bundle holds, without loading any weights."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,10 +117,15 @@ def report_of(model: "PreTrainedModel", matched: Matched, eviction: EvictionConf
     classes = uniform([rope.attention.kv_heads for rope in matched.ropes]).entries()
     cached = [rope.attention for rope in matched.ropes] + matched.windowed  # the others were found and not matched
     content = {**cache_layout(sorted(cached, key=lambda attention: attention.layer)), "classes": classes}
-    caches, bytes_of = _caches(content, asdict(eviction)), _kv_bytes(content, asdict(eviction), dtype)
-    return Report(
-        architecture, layers, bytes_of[0], eviction.budget, bytes_of[1], dtype, {}, asdict(eviction), caches=caches
-    )
+    report = Report(architecture, layers, 0, eviction.budget, 0, dtype, {}, asdict(eviction))
+    return of_layout(report, {**content, "row_states": []})
+
+
+def of_layout(report: Report, content: dict[str, Any]) -> Report:
+    """A report with the bytes and rows of these caches; content: of a manifest (EngineGraph.layout)."""
+    per_token, for_budget = _kv_bytes(content, report.eviction, report.dtype)
+    caches = _caches(content, report.eviction)
+    return replace(report, kv_bytes_per_token=per_token, kv_bytes_for_budget=for_budget, caches=caches)
 
 
 def _class_rows(content: dict[str, Any], eviction: dict[str, Any]) -> list[int]:
@@ -145,7 +150,7 @@ def _caches(content: dict[str, Any], eviction: dict[str, Any]) -> list[dict[str,
 
 
 def _kv_bytes(content: dict[str, Any], eviction: dict[str, Any], dtype: str) -> tuple[int, int]:
-    """Bytes of K and V that a token adds, and that a sequence takes for that budget."""
+    """Bytes that a token adds to the caches, and that a sequence takes for that budget."""
     rows, interval = _class_rows(content, eviction), eviction["interval"]
     per_token = for_budget = 0
     for cache in content["caches"]:
@@ -155,24 +160,26 @@ def _kv_bytes(content: dict[str, Any], eviction: dict[str, Any], dtype: str) -> 
             for_budget += row * (rows[cache["class"]] + interval)
         else:
             for_budget += row * window_rows(content["windows"][cache["window"]]["size"], interval)
+    for state in content["row_states"]:
+        row = state["layers"] * state["kv_heads"] * ITEM_BYTES["float32"]
+        per_token += row
+        for_budget += row * (rows[state["class"]] + interval)
     return per_token, for_budget
 
 
 def _bundle_report(path: Path) -> Report:
     manifest = open_bundle(path).manifest
-    eviction, dtype = manifest["eviction"], manifest["kv_dtype"]
-    per_token, for_budget = _kv_bytes(manifest, eviction, dtype)
-    return Report(
+    report = Report(
         manifest["model"]["architecture"],
         [LayerReport(**layer) for layer in manifest["layers"]],
-        per_token,
-        eviction["budget"],
-        for_budget,
-        dtype,
+        0,
+        manifest["eviction"]["budget"],
+        0,
+        manifest["kv_dtype"],
         manifest["nodes"],
-        eviction,
+        manifest["eviction"],
         manifest["target"],
         manifest.get("tensorrt", {}).get("plans", []),
         manifest.get("quantized", {}),
-        _caches(manifest, eviction),
     )
+    return of_layout(report, manifest)

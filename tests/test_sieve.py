@@ -23,7 +23,9 @@ from test_head_classes import CHUNK, QUIET, TEXT, logits, of_heads, starting_cen
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
-KEPT = EvictionConfig(PolicyConfig("sieve"), budget=56, interval=16, sinks=2, recent=8, heads="uniform")
+KEPT = EvictionConfig(
+    PolicyConfig("sieve", terms=("trig", "gate")), budget=56, interval=16, sinks=2, recent=8, heads="uniform"
+)
 CLASSES = replace(KEPT, heads="classes", head_classes=3)
 GATE_ALONE = replace(KEPT, policy=PolicyConfig("sieve", terms=("gate",)))
 # Plain heads; norms of queries and experts; sinks and windows beside; interleaved pairs.
@@ -58,7 +60,7 @@ def statistics(folder: Path, name: str) -> Path:
 
 
 def bundle(folder: Path, name: str, eviction: EvictionConfig, **options: str) -> Path:
-    stats, terms = statistics(folder, name), "+".join(eviction.policy.terms)
+    stats, terms = statistics(folder, name), "+".join(eviction.policy.terms or ("all",))
     made = folder / "-".join([name, terms, str(eviction.heads), *options.values()])
     if not made.exists():
         compile(folder / f"{name}.model", made, CompileConfig(eviction, stats=stats, **options), QUIET)
@@ -126,12 +128,35 @@ def test_without_gates_it_says_what_to_do(folder: Path) -> None:
     stats = statistics_file.load(statistics(folder, "mistral"))
     layers = [replace(layer, gate_weight=None, gate_bias=None, gate_fit=None, share=None) for layer in stats.layers]
     statistics_file.save(replace(stats, layers=layers, learned=None), plain)
-    with pytest.raises(StatisticsError, match="needs gates, which these statistics lack; `keysieve calibrate"):
+    with pytest.raises(
+        StatisticsError, match="the term gate needs gates, which these statistics lack; `keysieve calibrate"
+    ):
         compile(folder / "mistral.model", folder / "none", CompileConfig(KEPT, stats=plain), QUIET)
-    with pytest.raises(ConfigError, match="needs the gates of a statistics file"):
+    with pytest.raises(ConfigError, match="the term gate needs the gates of a statistics file"):
         CompileConfig(KEPT)
     with pytest.raises(ConfigError, match="the gate is not on tensorrt-rtx yet"):
         CompileConfig(KEPT, stats=plain, target="tensorrt-rtx")
+
+
+def test_what_the_statistics_lack_is_left_out(folder: Path) -> None:
+    default = replace(CLASSES, policy=PolicyConfig(), heads=None)
+    stats = statistics_file.load(statistics(folder, "mistral"))
+    chosen = []
+    for left_out in ((), ("share",), ("share", "gate_weight", "gate_bias", "gate_fit")):
+        file = folder / "lacking.safetensors"
+        layers = [replace(layer, **dict.fromkeys(left_out)) for layer in stats.layers]
+        learned = replace(stats.learned, budgets=[], share_context=0, texts=0) if left_out else stats.learned
+        statistics_file.save(replace(stats, layers=layers, learned=learned if len(left_out) < 2 else None), file)
+        report = compile(
+            folder / "mistral.model", folder / "-", CompileConfig(default, stats=file), QUIET, dry_run=True
+        )
+        chosen.append((report.eviction["policy"]["terms"], report.eviction["heads"]))
+    assert chosen == [(("trig", "gate"), "classes"), (("trig", "gate"), "uniform"), (("trig",), "uniform")]
+    config = CompileConfig(default, target="tensorrt-rtx", stats=statistics(folder, "mistral"))
+    report = compile(folder / "mistral.model", folder / "-", config, QUIET, dry_run=True)
+    assert (report.eviction["policy"]["terms"], report.eviction["heads"]) == (("trig",), "uniform")
+    report = compile(folder / "mistral.model", folder / "-", CompileConfig(default), QUIET, dry_run=True)
+    assert (report.eviction["policy"]["terms"], report.eviction["heads"]) == (("trig",), "uniform")
 
 
 def test_layers_without_a_common_input_are_named(folder: Path) -> None:

@@ -106,7 +106,7 @@ def test_plugin_nodes_and_their_attributes(bundle):
         assert set(attributes) == {*about.attributes, "plugin_version", "plugin_namespace"}
         assert attributes["plugin_version"] == about.version.encode() and attributes["plugin_namespace"] == b""
         variadic = LAYERS - 1 if about.inputs[-1].variadic else 0
-        assert len(node.input) == len(about.inputs) + variadic and len(node.output) == len(about.outputs)
+        assert len(node.input) == len(about.required) + variadic and len(node.output) == len(about.outputs)
     layers = [onnx.helper.get_node_attr_value(n, "layer") for n in plugins if n.op_type == "KeySieveUpdate"]
     assert layers == list(range(LAYERS))
     select = next(node for node in plugins if node.op_type == "KeySieveSelect")

@@ -41,7 +41,9 @@ def test_inspect(work: Path, capsys: pytest.CaptureFixture) -> None:
         ("full", "half_split", True)
     ] * 3
     assert found["kv_bytes_for_budget"] == ROWS * found["kv_bytes_per_token"]
-    assert found["nodes"]["KeySieveUpdate"] == 3
+    policy, updates = found["eviction"]["policy"], found["nodes"]["KeySieveUpdate"]
+    assert (policy["name"], policy["terms"], found["eviction"]["heads"]) == ("sieve", ["trig", "gate"], "classes")
+    assert updates == len(found["caches"]) + found["nodes"]["KeySieveSelect"]  # of layers or parts, and of row states
 
 
 def test_run(work: Path, capsys: pytest.CaptureFixture) -> None:
