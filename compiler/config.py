@@ -49,6 +49,8 @@ class PolicyConfig:
         _choose("centres", str(self.centres), CENTRES)
         for term in self.terms or ():
             _choose("term", term, TERMS)
+        if self.terms is not None:  # in one order, each once
+            object.__setattr__(self, "terms", tuple(term for term in TERMS if term in self.terms))
         if self.terms is not None and not self.terms:
             raise ConfigError(f"there are no terms, so nothing is left to score; choose some of {', '.join(TERMS)}")
         _choose("aggregation", self.aggregation, ("mean", "max"))

@@ -45,7 +45,8 @@ def test_integer_weights_and_caches_of_another_type(stub, report) -> None:
 def test_terms(stub, report) -> None:
     calls = stub(FUNCTION, report(*LAYERS))
     assert main(["compile", "m", "-o", "out", "--stats", "s", "--terms", "gate,trig"]) == 0
-    assert calls[0][0][2].eviction.policy == PolicyConfig("sieve", terms=("gate", "trig"))
+    assert calls[0][0][2].eviction.policy == PolicyConfig("sieve", terms=("trig", "gate"))
+    assert PolicyConfig(terms=["gate", "trig", "gate"]).terms == ("trig", "gate")
 
 
 def test_no_norm(stub, report) -> None:
