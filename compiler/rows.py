@@ -11,6 +11,7 @@ import numpy as np
 
 from keysieve.compiler.head_classes import class_budgets
 from keysieve.errors import EngineError
+from keysieve.plugins.contract import ROW_STATES
 
 MOST_ROWS = (1 << 31) - 1  # lengths and limits are int32
 
@@ -58,6 +59,9 @@ class Rows:
         self.interval = int(eviction["interval"])
         self.suffixes = [str(each["suffix"]) for each in classes]
         self._heads = np.array([each["kv_heads"] for each in classes])
+        states = {state["name"]: self.suffixes[state["class"]] for state in manifest["row_states"]}
+        # What ends the names of the class whose rows' tokens a state holds, by the name of that state.
+        self.token_states = {name: end for name, end in states.items() if name.startswith(ROW_STATES[1])}
         average = one_a_sequence(capacity if budget is None else budget, batch)
         self._check_budget(eviction, average)
         room = max(self.interval, chunk or 0)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from keysieve.compiler.decoding import Tokens, decode
+from keysieve.compiler.forgotten import forgotten_share
 from keysieve.compiler.rows import Rows
 from keysieve.compiler.runtimes import Binding, Buffer
 from keysieve.compiler.sampling import Sampling
@@ -21,7 +22,8 @@ class Counters:
     """What a session has done. Rows are per sequence, and those of a KV head of the layers that evict, on average.
 
     layers: those that evict; capacity: rows of their caches; kv_bytes: allocated bytes of all caches, those of sliding
-    windows included; rounds: evictions executed or planned, summed over sequences.
+    windows included; rounds: evictions executed or planned, summed over sequences. forgotten: the share of the tokens
+    read that no KV head holds any more, for engines that keep which tokens their rows are of (else empty).
     """
 
     batch: int
@@ -32,6 +34,7 @@ class Counters:
     rows_held: list[int] = field(default_factory=list)
     rows_evicted: list[int] = field(default_factory=list)
     rounds: list[int] = field(default_factory=list)
+    forgotten: list[float] = field(default_factory=list)
 
 
 class Session:
@@ -127,7 +130,13 @@ class Session:
             self.rows.tolist(),
             (self._rows.average(self._total_evicted) if self.evicts else np.zeros(self.batch, int)).tolist(),
             self._rounds.tolist(),
+            self._forgotten(),
         )
+
+    def _forgotten(self) -> list[float]:
+        states = self._rows.token_states.items()
+        held = [(self._caches[name].array, self._now[f"length{end}"].array) for name, end in states]
+        return forgotten_share(held, self._tokens) if held else []
 
     def step(self, input_ids: np.ndarray, count: np.ndarray, logits_at: np.ndarray, next_tokens: int = 1) -> np.ndarray:
         """Feed up to S tokens a sequence and return logits [B,N,V] float32.

@@ -121,6 +121,10 @@ def test_rows_know_their_tokens(folder: Path) -> None:
     assert keep < 0 or keep == rows
     assert (np.diff(held, axis=-1) > 0).all() and held[..., -1].max() == len(TEXT) - 1
     assert (held[..., : KEPT.sinks] == np.arange(KEPT.sinks)).all()
+    assert session.counters.forgotten == [pytest.approx(1 - len(np.unique(held)) / len(TEXT))]
+    assert 0.1 < session.counters.forgotten[0] < 0.9
+    torch_engine = load(bundle(folder, "mistral", KEPT, target="torch"))
+    assert logits(torch_engine)[1].counters.forgotten == session.counters.forgotten
 
 
 def test_without_gates_it_says_what_to_do(folder: Path) -> None:

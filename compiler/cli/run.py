@@ -107,6 +107,7 @@ def measured(engine: "Engine", tokens: int) -> dict[str, Any]:
         "rows_evicted": counters.rows_evicted[0],
         "kv_bytes": counters.kv_bytes,
         "capacity": counters.capacity,
+        **({"forgotten": counters.forgotten[0]} if counters.forgotten else {}),
     }
 
 
@@ -117,6 +118,11 @@ def _stats(numbers: dict[str, Any]) -> str:
         ("rounds", f"{numbers['rounds']:,}", ""),
         ("rows held", f"{numbers['rows_held']:,}", f"capacity {numbers['capacity']:,}"),
         ("rows evicted", f"{numbers['rows_evicted']:,}", ""),
+        *(
+            [("forgotten", f"{numbers['forgotten']:.1%}", "of the tokens, by all heads")]
+            if "forgotten" in numbers
+            else []
+        ),
         ("KV bytes", human_bytes(numbers["kv_bytes"]), ""),
     ]
     return table(rows, right=[1])

@@ -29,7 +29,7 @@ def test_the_rows_of_the_engine(root: Path) -> None:
 def manifest(**changes: object) -> dict[str, object]:
     eviction = {"interval": 16, "sinks": 2, "recent": 8}
     classes = [{"suffix": "", "kv_heads": 6, "budgets": [1], "shares": [1.0]}]
-    return {"eviction": eviction, "classes": classes, "windows": [], **changes}
+    return {"eviction": eviction, "classes": classes, "windows": [], "row_states": [], **changes}
 
 
 def test_windows_keep_what_the_next_token_sees() -> None:

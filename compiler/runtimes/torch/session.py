@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from keysieve.compiler.decoding import Tokens, prefill
+from keysieve.compiler.forgotten import forgotten_share
 from keysieve.compiler.rows import Rows
 from keysieve.compiler.runtimes.torch.program import Program
 from keysieve.compiler.runtimes.torch.replay import Replay
@@ -113,7 +114,10 @@ class TorchSession:
         tokens, rounds, *evicted = self._totals.cpu().numpy()
         average = self._rows.average(np.stack(evicted)) if evicted else np.zeros(self.batch, int)
         sizes = self.batch, self.layers, self.capacity, self.kv_bytes
-        return Counters(*sizes, tokens.tolist(), self.rows.tolist(), average.tolist(), rounds.tolist())
+        states = self._rows.token_states.items()
+        held = [(self._read(name), self._read(f"length{end}")) for name, end in states if name in self._held]
+        forgotten = forgotten_share(held, tokens) if held else []
+        return Counters(*sizes, tokens.tolist(), self.rows.tolist(), average.tolist(), rounds.tolist(), forgotten)
 
     def _read(self, name: str) -> np.ndarray:
         return self._held[name].cpu().numpy()
