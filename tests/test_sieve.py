@@ -44,7 +44,8 @@ def statistics(folder: Path, name: str) -> Path:
         model = save_model(family_model(name), folder / f"{name}.model")
         calibrate(model, file, max_tokens=256, chunk=256, progress=QUIET, gates=False)
         found, generator = statistics_file.load(file), np.random.default_rng(3)
-        heads, width = inspect(model).layers[-1].kv_heads, family_model(name).config.hidden_size
+        heads = next(layer.kv_heads for layer in inspect(model).layers if layer.kind == "full")
+        width = family_model(name).config.hidden_size
         gated = [
             replace(
                 layer,
@@ -110,6 +111,18 @@ def test_every_runtime_gives_the_same(folder: Path, runtime: str) -> None:
     else:
         engine = load(bundle(folder, "mistral", CLASSES), threads=1, native=False)
     np.testing.assert_allclose(logits(engine)[0], wanted, atol=1e-4, rtol=0)
+
+
+# Windows, chunks, linear attention, state space beside what evicts.
+@pytest.mark.parametrize("name", ["gemma3", "llama4", "qwen3_next", "granitemoehybrid"])
+def test_hybrids_are_the_same_on_every_runtime(folder: Path, name: str) -> None:
+    made = bundle(folder, name, CLASSES)
+    wanted, session = logits(load(made, threads=1))
+    assert session.counters.rounds[0] >= 4
+    for engine in (load(made, threads=1, native=False), load(bundle(folder, name, CLASSES, target="torch"))):
+        found, other = logits(engine)
+        np.testing.assert_allclose(found, wanted, atol=1e-3, rtol=0)
+        assert other.counters == session.counters
 
 
 def test_rows_know_their_tokens(folder: Path) -> None:
