@@ -90,6 +90,7 @@ def _manifest(tiny: bool) -> dict[str, Any]:
         "sizes": {"layers": shape.layers},
         "classes": uniform([shape.kv_heads] * shape.layers).entries(),
         "windows": [],
+        "row_states": [],
         "files": {},
         "vocab_size": config.vocab_size,
         "position_limit": None,
