@@ -21,7 +21,7 @@ import numpy as np
 
 from keysieve.compiler.bundle import write_atomically
 from keysieve.compiler.calibrate import calibrate
-from keysieve.compiler.compare import Fidelity, evicting_session, measure, policy_name, read, read_tokens
+from keysieve.compiler.compare import CHUNK, Fidelity, evicting_session, measure, policy_name, read, read_tokens
 from keysieve.compiler.compile import compile
 from keysieve.compiler.config import CompileConfig, EvictionConfig, PolicyConfig
 from keysieve.compiler.engine import load
@@ -126,7 +126,7 @@ def run(
         for text in texts:
             tokens = read_tokens(engine, text, TOKENS)
             if text not in dense:
-                session = engine.session(dense=True, capacity=len(tokens))
+                session = engine.session(dense=True, capacity=len(tokens), chunk=CHUNK)
                 dense[text] = [logits.copy() for logits in read(session, tokens)]
             for budget in budgets:
                 measure(dense[text], {budget: evicting_session(engine, budget)}, tokens, {budget: results[budget]})

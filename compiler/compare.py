@@ -94,7 +94,7 @@ def compare(
     for text, tokens in zip(texts, read_texts, strict=True):
         with progress.stage(Path(text).name[:16]) as stage:
             sessions = {budget: evicting_session(engine, budget) for budget in budgets}
-            dense = engine.session(dense=True, capacity=len(tokens))
+            dense = engine.session(dense=True, capacity=len(tokens), chunk=CHUNK)
             measure(read(dense, tokens), sessions, tokens, results)
             for session in (dense, *sessions.values()):
                 session.close()
@@ -134,7 +134,7 @@ def read_tokens(engine: Engine, text: Path, max_tokens: int) -> list[int]:
 def evicting_session(engine: Engine, budget: int) -> Session:
     """A session that reads text in chunks of CHUNK at that budget."""
     interval = int(engine.manifest["eviction"]["interval"])
-    return engine.session(budget=budget, capacity=budget + max(interval, CHUNK))
+    return engine.session(budget=budget, capacity=budget + max(interval, CHUNK), chunk=CHUNK)
 
 
 def read(session: Session, tokens: Sequence[int]) -> Iterator[np.ndarray]:

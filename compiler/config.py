@@ -16,6 +16,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 WEIGHTS = ("int8", "int4")
 TARGETS = ("onnxruntime", "torch", "tensorrt-rtx", "tensorrt")
 ON_TENSORRT = TARGETS[2:]
+MOST_BUDGET = 1 << 24  # rows; more than any text has tokens, and few enough for the widest class of heads
 
 
 def _choose(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -116,7 +117,9 @@ class EvictionConfig:
 
 
 def check_budget(budget: int, sinks: int, recent: int) -> None:
-    """Raise ConfigError unless the budget leaves room for rows that are chosen by score."""
+    """Raise ConfigError unless the budget leaves room for rows that are chosen by score, and is one of MOST_BUDGET."""
+    if budget > MOST_BUDGET:
+        raise ConfigError(f"budget {budget:,} is beyond {MOST_BUDGET:,} rows; choose a smaller one")
     if budget <= sinks + recent:
         raise ConfigError(
             f"budget {budget} leaves no row to choose: sinks {sinks} + recent {recent} are always kept; "

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from keysieve.compiler.config import MOST_BUDGET
 from keysieve.compiler.head_classes import class_budgets
 from keysieve.errors import EngineError
 from keysieve.plugins.contract import ROW_STATES
@@ -18,7 +19,10 @@ MOST_ROWS = (1 << 31) - 1  # lengths and limits are int32
 
 def one_a_sequence(budget: int | Sequence[int], batch: int) -> np.ndarray:
     """A budget for all, or one a sequence, as [B] int32. Raises EngineError for any other number of them."""
-    given = np.atleast_1d(np.asarray(budget, np.int32))
+    given = np.atleast_1d(np.asarray(budget, np.int64))
+    if (given > MOST_BUDGET).any():
+        raise EngineError(f"budget {int(given.max()):,} is beyond {MOST_BUDGET:,} rows; give a smaller one")
+    given = given.astype(np.int32)
     if given.ndim != 1 or len(given) not in (1, batch):
         raise EngineError(f"{given.size} budgets were given for {batch} prompts; give one for all, or one each")
     return np.broadcast_to(given, (batch,)).copy()

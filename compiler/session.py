@@ -121,14 +121,15 @@ class Session:
     @property
     def counters(self) -> Counters:
         """A snapshot of the counters; planned evictions count as done."""
+        rows = self.rows  # an average that is rounded; what else was read is gone
         return Counters(
             self.batch,
             self._layers,
             self.capacity,
             self._kv_bytes,
             self._tokens.tolist(),
-            self.rows.tolist(),
-            (self._rows.average(self._total_evicted) if self.evicts else np.zeros(self.batch, int)).tolist(),
+            rows.tolist(),
+            (self._tokens - rows if self.evicts else np.zeros(self.batch, int)).tolist(),
             self._rounds.tolist(),
             self._forgotten(),
         )

@@ -119,6 +119,7 @@ def test_hybrids_are_the_same_on_every_runtime(folder: Path, name: str) -> None:
     made = bundle(folder, name, CLASSES)
     wanted, session = logits(load(made, threads=1))
     assert session.counters.rounds[0] >= 4
+    assert session.counters.rows_held[0] + session.counters.rows_evicted[0] == len(TEXT)
     for engine in (load(made, threads=1, native=False), load(bundle(folder, name, CLASSES, target="torch"))):
         found, other = logits(engine)
         np.testing.assert_allclose(found, wanted, atol=1e-3, rtol=0)

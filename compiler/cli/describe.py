@@ -42,7 +42,7 @@ def _kept_rows(report: "Report") -> list[tuple[str, str]]:
     """The policy; where it has no gate, what gives one; and how many rows heads of unequal budgets get."""
     eviction, rows = report.eviction, [("policy", policy_of(report.eviction))]
     if eviction["policy"]["name"] == "sieve" and "gate" not in (eviction["policy"]["terms"] or ()):
-        rows.append(("", "without gates: they, and budgets for heads, come with --stats FILE of `keysieve calibrate`"))
+        rows.append(("", "without gates: `keysieve calibrate` learns them where model and target allow it"))
     heads: Counter[int] = Counter()
     for cache in report.caches:
         heads[cache["rows"]] += len(cache["kv_heads"])

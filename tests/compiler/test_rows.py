@@ -58,3 +58,8 @@ def test_a_crowded_cache_evicts_before_its_limit() -> None:
 def test_sizes_that_cannot_be(sizes: tuple[int, int, object], said: str) -> None:
     with pytest.raises(EngineError, match=said):
         Rows(manifest(), *sizes, chunk=None, total=None)
+
+
+def test_no_budget_is_beyond_what_the_widest_class_can_count() -> None:
+    with pytest.raises(EngineError, match="budget 99,999,999,999 is beyond 16,777,216 rows"):
+        Rows(manifest(), 1, 64, 99_999_999_999, None, None)

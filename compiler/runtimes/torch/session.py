@@ -112,12 +112,13 @@ class TorchSession:
     def counters(self) -> Counters:
         """A snapshot of the counters, read from the device; planned evictions count as done."""
         tokens, rounds, *evicted = self._totals.cpu().numpy()
-        average = self._rows.average(np.stack(evicted)) if evicted else np.zeros(self.batch, int)
+        rows = self.rows  # an average that is rounded; what else was read is gone
+        gone = tokens - rows if evicted else np.zeros(self.batch, int)
         sizes = self.batch, self.layers, self.capacity, self.kv_bytes
         states = self._rows.token_states.items()
         held = [(self._read(name), self._read(f"length{end}")) for name, end in states if name in self._held]
         forgotten = forgotten_share(held, tokens) if held else []
-        return Counters(*sizes, tokens.tolist(), self.rows.tolist(), average.tolist(), rounds.tolist(), forgotten)
+        return Counters(*sizes, tokens.tolist(), rows.tolist(), gone.tolist(), rounds.tolist(), forgotten)
 
     def _read(self, name: str) -> np.ndarray:
         return self._held[name].cpu().numpy()

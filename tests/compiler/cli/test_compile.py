@@ -79,6 +79,7 @@ def test_tensorrt_options_reach_the_config(stub, report) -> None:
         ("-o out --policy streaming --target tensorrt --inline", "leave --inline out"),
         ("-o out --policy triattention", "needs a statistics file"),
         ("-o out --terms gate", "needs the gates of a statistics file"),
+        ("-o out --budget 99999999999", "budget 99,999,999,999 is beyond 16,777,216 rows"),
         ("-o out --terms trig,nope", "unknown term 'nope'"),
         ("-o out --policy streaming --terms trig", "policy streaming has no --terms"),
         ("-o out --policy nope", "invalid choice: 'nope'"),
