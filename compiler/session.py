@@ -67,10 +67,9 @@ class Session:
             for name, width in (("key", cache["head_dim"]), ("value", cache["value_dim"])):
                 shape = (batch, cache["kv_heads"], self._rows.of_cache(cache), width)
                 self._caches[f"{name}_{cache['name']}"] = binding.zeros(shape, manifest["kv_dtype"])
-        for rows in manifest["row_states"]:
-            held = self._rows.capacities[rows["class"]]
-            shape = (rows["layers"] * batch, rows["kv_heads"], held, 1)
-            self._caches[rows["name"]] = binding.zeros(shape, "float32")
+        for state in manifest["row_states"]:
+            shape = (state["layers"] * batch, state["kv_heads"], self._rows.capacities[state["class"]], 1)
+            self._caches[state["name"]] = binding.zeros(shape, "float32")
         start = {f"window_length_{index}": np.zeros(batch, np.int32) for index in range(len(manifest["windows"]))}
         for state in manifest["states"]:
             start[state["name"]] = np.zeros((batch, *state["shape"]), np.float32)
@@ -88,9 +87,7 @@ class Session:
         self._evicted = {suffix: binding.zeros((batch,), "int32") for suffix in self._rows.suffixes}
         self._pinned = np.zeros(batch, np.int32) if pinned is None else np.asarray(pinned, np.int32)
         self.position = np.zeros(batch, np.int64)
-        self._tokens = np.zeros(batch, np.int64)
         self._rounds = np.zeros(batch, np.int64)
-        self._total_evicted = np.zeros((len(self._rows.suffixes), batch), np.int64)
         self._layers = manifest["sizes"]["layers"]
         self._kv_bytes = sum(buffer.nbytes for buffer in self._caches.values())
         self._vocab_size = int(manifest["vocab_size"])
@@ -127,9 +124,9 @@ class Session:
             self._layers,
             self.capacity,
             self._kv_bytes,
-            self._tokens.tolist(),
+            self.position.tolist(),
             rows.tolist(),
-            (self._tokens - rows if self.evicts else np.zeros(self.batch, int)).tolist(),
+            (self.position - rows if self.evicts else np.zeros(self.batch, int)).tolist(),
             self._rounds.tolist(),
             self._forgotten(),
         )
@@ -137,7 +134,7 @@ class Session:
     def _forgotten(self) -> list[float]:
         states = self._rows.token_states.items()
         held = [(self._caches[name].array, self._now[f"length{end}"].array) for name, end in states]
-        return forgotten_share(held, self._tokens) if held else []
+        return forgotten_share(held, self.position) if held else []
 
     def step(self, input_ids: np.ndarray, count: np.ndarray, logits_at: np.ndarray, next_tokens: int = 1) -> np.ndarray:
         """Feed up to S tokens a sequence and return logits [B,N,V] float32.
@@ -164,10 +161,8 @@ class Session:
         self._rows.advance(tokens, count, limit)
         self._now, self._next = self._next, self._now
         self.position = self.position + count
-        self._tokens += count
         if self.evicts:
             evicted = np.stack([buffer.array for buffer in self._evicted.values()])
-            self._total_evicted += evicted
             self._rounds += (evicted > 0).any(axis=0)
         return logits.array
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from keysieve.compiler.decoding import Tokens, prefill
-from keysieve.compiler.forgotten import forgotten_share
 from keysieve.compiler.rows import Rows
 from keysieve.compiler.runtimes.torch.program import Program
 from keysieve.compiler.runtimes.torch.replay import Replay
@@ -56,8 +55,7 @@ class TorchSession:
         for table, names in program.tables.items():
             self._held[table].copy_(torch.tensor([self._held[name].data_ptr() for name in names]))
         self._steps: dict[tuple[int, int], dict[str, Tensor]] = {}  # by tokens and wanted logits
-        # Tokens, rounds, and the rows evicted by each class.
-        self._totals = torch.zeros(2 + len(rows.suffixes), rows.batch, dtype=torch.int64, device=self._device)
+        self._rounds = torch.zeros(rows.batch, dtype=torch.int64, device=self._device)
         self._ends = torch.zeros(sizes["vocabulary"], dtype=torch.bool, device=self._device)  # tokens that end a text
         self._samplers: dict[Sampling, DeviceSampler] = {}
         self._drawn = torch.zeros(rows.batch, dtype=torch.int64, device=self._device)
@@ -75,7 +73,7 @@ class TorchSession:
         for name, tensor in self._held.items():
             if not name.startswith(("key_", "value_", "plan", "addresses")):
                 tensor.zero_()
-        self._totals.zero_()
+        self._rounds.zero_()
         for suffix, budget in zip(rows.suffixes, rows.budgets, strict=True):
             self._put(f"keep{suffix}", np.full(self.batch, -1, np.int32))
             self._put(f"budget{suffix}", budget)
@@ -111,14 +109,26 @@ class TorchSession:
     @property
     def counters(self) -> Counters:
         """A snapshot of the counters, read from the device; planned evictions count as done."""
-        tokens, rounds, *evicted = self._totals.cpu().numpy()
+        tokens, rounds = self.position, self._rounds.tolist()
         rows = self.rows  # an average that is rounded; what else was read is gone
-        gone = tokens - rows if evicted else np.zeros(self.batch, int)
+        gone = tokens - rows if self._rows.evicts else np.zeros(self.batch, int)
         sizes = self.batch, self.layers, self.capacity, self.kv_bytes
-        states = self._rows.token_states.items()
-        held = [(self._read(name), self._read(f"length{end}")) for name, end in states if name in self._held]
-        forgotten = forgotten_share(held, tokens) if held else []
-        return Counters(*sizes, tokens.tolist(), rows.tolist(), gone.tolist(), rounds.tolist(), forgotten)
+        return Counters(*sizes, tokens.tolist(), rows.tolist(), gone.tolist(), rounds, self._forgotten(tokens))
+
+    def _forgotten(self, tokens: np.ndarray) -> list[float]:
+        """As forgotten_share, on the device, since all heads' positions are many bytes to send."""
+        states = [(self._held[name], end) for name, end in self._rows.token_states.items() if name in self._held]
+        if not states:
+            return []
+        longest = int(tokens.max())
+        seen = torch.zeros(self.batch, longest + 1, dtype=torch.bool, device=self._device)  # the last: of no token
+        for positions, end in states:
+            row = torch.arange(positions.shape[2], device=self._device)
+            held = (row < self._held[f"length{end}"][:, None])[:, None]  # [B,1,C]
+            for layer in positions.view(-1, self.batch, *positions.shape[1:3]):
+                seen.scatter_(1, torch.where(held, layer, longest).long().flatten(1), True)
+        kept = seen[:, :longest].sum(1).tolist()
+        return [1 - count / int(read) if read else 0.0 for count, read in zip(kept, tokens, strict=True)]
 
     def _read(self, name: str) -> np.ndarray:
         return self._held[name].cpu().numpy()
@@ -160,12 +170,9 @@ class TorchSession:
         """Launch a step; returns its logits [B,N,V]."""
         held = self._held | self._inputs(size)
         run = self._decoder if size[0] == 1 else self._program.module
-        self._totals[0] += held["count"]
         logits, *evicted = run(*(held[one.name] for one in self._program.inputs))
-        for index, rows in enumerate(evicted):
-            self._totals[2 + index] += rows
-        if evicted:
-            self._totals[1] += torch.stack(evicted).amax(0) > 0
+        if evicted:  # by each class of heads
+            self._rounds += torch.stack(evicted).amax(0) > 0
         return logits
 
     # -- decoding -----------------------------------------------------------------------------------------------------

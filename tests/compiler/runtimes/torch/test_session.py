@@ -181,7 +181,7 @@ class Traced:
         session = self.session
         found = [(session._held, name, tensor) for name, tensor in session._held.items()]
         found += [(group, name, tensor) for group in session._steps.values() for name, tensor in group.items()]
-        owners = [(session, ("_totals", "_ends", "_drawn"))]
+        owners = [(session, ("_rounds", "_ends", "_drawn"))]
         if not isinstance(kind, tuple):
             owners.append((kind, ("_numbers", "_drawn")))
         return found + [(vars(owner), name, getattr(owner, name)) for owner, names in owners for name in names]
