@@ -70,18 +70,7 @@ def score_at(
     interleaved: int,
 ) -> Tensor:
     """See keysieve.kernels.reference.score; addresses [L] int64: where the keys lie, for kernels that read a table."""
-    return reference.score(
-        length,
-        limit,
-        position,
-        centre,
-        weight,
-        keys,
-        policy=policy,
-        query_heads=query_heads,
-        rotary_dim=rotary_dim,
-        interleaved=interleaved,
-    )
+    return reference.score(length, limit, position, centre, weight, keys, policy, query_heads, rotary_dim, interleaved)
 
 
 @score_at.register_fake

@@ -1,7 +1,5 @@
 """The contract as torch custom ops (`torch.ops.keysieve`): run by the reference kernels, traced by their fakes."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.library import custom_op
@@ -104,10 +102,8 @@ def _(query, key, value, decay, rate, state, delta, layer):  # type: ignore[no-u
     return new(value.shape, dtype=torch.float32), new(batch, heads, key_dim, value.shape[3], dtype=torch.float32)
 
 
-@custom_op("keysieve::grouped_matmul", mutates_args=())
-def grouped_matmul(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """See keysieve.kernels.reference.grouped_matmul; a run needs no transformers, whose operation captures hold."""
-    return reference.grouped_matmul(rows, weight, ends)
+# A run needs no transformers, whose operation captures hold.
+grouped_matmul = custom_op("keysieve::grouped_matmul", mutates_args=())(reference.grouped_matmul)
 
 
 @grouped_matmul.register_fake
@@ -115,19 +111,7 @@ def _(rows, weight, ends):  # type: ignore[no-untyped-def]
     return rows.new_empty(rows.shape[0], weight.shape[2])
 
 
-@custom_op("keysieve::update", mutates_args=())
-def update(
-    key_new: Tensor,
-    value_new: Tensor,
-    length: Tensor,
-    plan: Tensor,
-    keep: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layer: int,
-) -> tuple[Tensor, Tensor]:
-    """See keysieve.kernels.reference.update."""
-    return reference.update(key_new, value_new, length, plan, keep, key, value, layer=layer)
+update = custom_op("keysieve::update", mutates_args=())(reference.update)
 
 
 @update.register_fake
@@ -135,32 +119,7 @@ def _(key_new, value_new, length, plan, keep, key, value, layer):  # type: ignor
     return torch.empty_like(key), torch.empty_like(value)
 
 
-@custom_op("keysieve::score", mutates_args=())
-def score(
-    length: Tensor,
-    limit: Tensor,
-    position: Tensor,
-    centre: Tensor,
-    weight: Tensor,
-    keys: Sequence[Tensor],
-    policy: str,
-    query_heads: int,
-    rotary_dim: int,
-    interleaved: int,
-) -> Tensor:
-    """See keysieve.kernels.reference.score."""
-    return reference.score(
-        length,
-        limit,
-        position,
-        centre,
-        weight,
-        keys,
-        policy=policy,
-        query_heads=query_heads,
-        rotary_dim=rotary_dim,
-        interleaved=interleaved,
-    )
+score = custom_op("keysieve::score", mutates_args=())(reference.score)
 
 
 @score.register_fake
@@ -169,21 +128,7 @@ def _(length, limit, position, centre, weight, keys, policy, query_heads, rotary
     return keys[0].new_empty(len(keys), batch, query_heads, capacity, dtype=torch.float32)
 
 
-@custom_op("keysieve::select", mutates_args=())
-def select(
-    scores: Tensor,
-    length: Tensor,
-    limit: Tensor,
-    budget: Tensor,
-    pinned: Tensor,
-    scope: str,
-    kv_heads: int,
-    sinks: int,
-    recent: int,
-    utility: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See keysieve.kernels.reference.select."""
-    return reference.select(scores, length, limit, budget, pinned, scope, kv_heads, sinks, recent, utility)
+select = custom_op("keysieve::select", mutates_args=())(reference.select)
 
 
 @select.register_fake
