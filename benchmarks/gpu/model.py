@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from gpu.sizes import QWEN3_8B, TINY, Shape
 from keysieve.compiler.config import EvictionConfig, PolicyConfig
 from keysieve.compiler.engine import Engine
-from keysieve.compiler.head_classes import uniform
 from keysieve.compiler.model import load_skeleton
-from keysieve.compiler.pipeline import engine_graph, find
+from keysieve.compiler.pipeline import engine_graph, find, model_sizes
 from keysieve.compiler.progress import Progress
 from keysieve.compiler.runtimes.torch import TorchRuntime
 from keysieve.export.torch import write_program
@@ -46,22 +46,32 @@ def eviction(shape: Shape) -> EvictionConfig:
 
 
 def prepare(folder: Path, tiny: bool = False) -> None:
-    """Write program.json, weights.json (shape and dtype of what is random) and buffers.safetensors (what is not)."""
+    """Write program.json, manifest.json, weights.json (shape and dtype of what is random) and buffers.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     shape = TINY if tiny else QWEN3_8B
     with tempfile.TemporaryDirectory() as model:
         configuration(tiny).save_pretrained(model)
         matched = find(load_skeleton(model, shape.dtype), Progress(quiet=True))
-    graph = engine_graph(matched, eviction(shape), None).graph
-    tensors = write_program(graph, folder / "program.json")
+    kept = eviction(shape)
+    engine = engine_graph(matched, kept, None)
+    manifest = {
+        **engine.layout(kept.scope),
+        "eviction": asdict(kept),
+        "sizes": model_sizes(matched),
+        "files": {},
+        "vocab_size": configuration(tiny).vocab_size,
+        "position_limit": None,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    tensors = write_program(engine.graph, folder / "program.json")
     random = {name: t for name, t in tensors.items() if t.dim() and not any(t.stride())}
     described = {name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in random.items()}
     (folder / "weights.json").write_text(json.dumps(described), encoding="utf-8")
-    kept = {name: tensor.contiguous() for name, tensor in tensors.items() if name not in random}
-    save_file(kept, folder / "buffers.safetensors")
+    others = {name: tensor.contiguous() for name, tensor in tensors.items() if name not in random}
+    save_file(others, folder / "buffers.safetensors")
 
 
-def load(folder: Path, device: torch.device, compiled: bool = False, tiny: bool = False) -> Engine:
+def load(folder: Path, device: torch.device, compiled: bool = False) -> Engine:
     """The engine of a prepared folder, without a tokenizer: it takes token ids."""
     generator = torch.Generator(device=device).manual_seed(0)
     weights = load_file(folder / "buffers.safetensors", device=str(device))
@@ -71,7 +81,8 @@ def load(folder: Path, device: torch.device, compiled: bool = False, tiny: bool 
             weights[name] = torch.ones(sizes, dtype=dtype, device=device)
         else:
             weights[name] = torch.empty(sizes, dtype=dtype, device=device).normal_(0, SPREAD, generator=generator)
-    return Engine(_Described(folder, _manifest(tiny)), TorchRuntime(folder / "program.json", weights, device, compiled))
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    return Engine(_Described(folder, manifest), TorchRuntime(folder / "program.json", weights, device, compiled))
 
 
 class _Described:
@@ -79,19 +90,3 @@ class _Described:
 
     def __init__(self, path: Path, manifest: dict[str, Any]):
         self.path, self.manifest = path, manifest
-
-
-def _manifest(tiny: bool) -> dict[str, Any]:
-    shape, config = (TINY if tiny else QWEN3_8B), configuration(tiny)
-    of = eviction(shape)
-    kept = {"budget": of.budget, "interval": of.interval, "sinks": of.sinks, "recent": of.recent, "prompt": of.prompt}
-    return {
-        "eviction": kept,
-        "sizes": {"layers": shape.layers},
-        "classes": uniform([shape.kv_heads] * shape.layers).entries(),
-        "windows": [],
-        "row_states": [],
-        "files": {},
-        "vocab_size": config.vocab_size,
-        "position_limit": None,
-    }

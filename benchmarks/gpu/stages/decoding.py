@@ -26,7 +26,7 @@ CASES = ((8, None), (8, 8192), (8, 32768), (32, None), (32, 8192), (1, None), (1
 def run(place: Place, compiled: bool = False, turn: str | None = None) -> None:
     """Cases (batch, rows that a dense engine holds; None: the budget). turn: compile, then wait for that file."""
     shape, cases = (TINY, ((2, None), (2, 60))) if place.tiny else (QWEN3_8B, CASES)
-    engine = model.load(place.built / ("tiny" if place.tiny else "qwen3-8b"), place.device, compiled, place.tiny)
+    engine = model.load(place.built / ("tiny" if place.tiny else "qwen3-8b"), place.device, compiled)
     kind = "compiled" if compiled else "plain"
     if turn:
         for history in (None, 60):

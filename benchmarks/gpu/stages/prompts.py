@@ -10,7 +10,7 @@ TOKENS = 8192
 
 
 def run(place: Place) -> None:
-    engine = model.load(place.built / ("tiny" if place.tiny else "qwen3-8b"), place.device, tiny=place.tiny)
+    engine = model.load(place.built / ("tiny" if place.tiny else "qwen3-8b"), place.device)
     for dense in (False, True):
         place.attempt("prompt", lambda d=dense: prompt(place, engine, d), dense=dense)
 
