@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from keysieve.compiler.config import EvictionConfig, PolicyConfig
+from keysieve.compiler.head_classes import CHOICE
 from keysieve.kernels.reference.select import standardise
 from keysieve.passes.find_rope import rotation_matrix
 from keysieve.passes.policies.triattention import HALF_LIFE
 from keysieve.passes.rope_form import RopeForm
 
-SINKS, RECENT = 4, 128  # rows of every head that stay
-LEAST = 32  # rows of every head beside them
-FLOOR = SINKS + RECENT + LEAST
-OFFSETS = tuple(1 << n for n in range(13))
+SINKS, RECENT = EvictionConfig.sinks, EvictionConfig.recent  # rows of every head that stay
+FLOOR = SINKS + RECENT + CHOICE
+OFFSETS = PolicyConfig().offsets
 
 
 def trig_scores(query_pre: Tensor, key: Tensor, form: RopeForm) -> Tensor:
@@ -36,8 +37,9 @@ def trig_scores(query_pre: Tensor, key: Tensor, form: RopeForm) -> Tensor:
         return torch.einsum("hd,hnd->hn", centre, key)
     turn = np.mean([rotation_matrix(form, tokens + offset) for offset in OFFSETS], 0)
     scores = torch.einsum("hd,hnd->hn", centre @ torch.from_numpy(turn).float().T, key)
-    before, after = map(torch.from_numpy, form.pairs), map(torch.from_numpy, _rotated_pairs(form))
-    magnitude = torch.einsum("n,hnf->hf", weights, _magnitudes(query_pre.float(), *(pair := tuple(before))))
+    pair = tuple(map(torch.from_numpy, form.pairs))
+    after = torch.from_numpy(form.arranged[1][: form.rotary_dim]).chunk(2)  # both dims of every band, once rotated
+    magnitude = torch.einsum("n,hnf->hf", weights, _magnitudes(query_pre.float(), *pair))
     excess = (magnitude - _magnitudes(centre, *pair)).clamp(min=0) * form.scaling
     return scores + torch.einsum("hf,hnf->hn", excess, _magnitudes(key, *after))
 
@@ -54,10 +56,10 @@ def row_values(gate: Tensor, scores: Tensor) -> Tensor:
 def rows_held(values: Sequence[Tensor], budget: int) -> list[np.ndarray]:
     """How many rows each head of each layer holds [Hkv] if the best rows of all win.
 
-    values: the candidates' of each layer [Hkv,M]. Every head keeps its sinks, its recent rows and its LEAST best
+    values: the candidates' of each layer [Hkv,M]. Every head keeps its sinks, its recent rows and its CHOICE best
     candidates; all others compete for what is left of `budget` rows a head. The counts add up to that times the heads.
     """
-    best_first = [layer.sort(-1, descending=True).values[:, LEAST:] for layer in values]
+    best_first = [layer.sort(-1, descending=True).values[:, CHOICE:] for layer in values]
     heads = sum(len(layer) for layer in values)
     places = min(heads * (budget - FLOOR), sum(layer.numel() for layer in best_first))
     row = torch.cat([layer.flatten() for layer in best_first])
@@ -73,13 +75,6 @@ def rows_held(values: Sequence[Tensor], budget: int) -> list[np.ndarray]:
 def usable_budgets(budgets: Sequence[int], context: int) -> list[int]:
     """Those at which heads can differ on texts of `context` tokens: above the floor, and half of the text at most."""
     return [budget for budget in budgets if FLOOR < budget <= context // 2]
-
-
-def _rotated_pairs(form: RopeForm) -> tuple[np.ndarray, np.ndarray]:
-    """Both dims of every band inside a rotated head."""
-    target = np.argsort(form.source)
-    real, imaginary = form.pairs
-    return target[real], target[imaginary]
 
 
 def _magnitudes(vectors: Tensor, real: Tensor, imaginary: Tensor) -> Tensor:
