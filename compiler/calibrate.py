@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from keysieve.compiler import official_statistics, statistics_file
+from keysieve.compiler.config import CALIBRATION_TOKENS
 from keysieve.compiler.interrupts import interrupt_deferred
 from keysieve.compiler.layerwise import LayerByLayer
 from keysieve.compiler.learn import learn_gates
@@ -47,7 +48,7 @@ def calibrate(
     model: str | Path,
     output: Path | str,
     texts: Sequence[Path] | None = None,
-    max_tokens: int = 49152,
+    max_tokens: int = CALIBRATION_TOKENS,
     chunk: int = CHUNK,
     progress: Progress | None = None,
     *,

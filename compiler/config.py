@@ -16,6 +16,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 WEIGHTS = ("int8", "int4")
 TARGETS = ("onnxruntime", "torch", "tensorrt-rtx", "tensorrt")
 ON_TENSORRT = TARGETS[2:]
+CALIBRATION_TOKENS = 49152
 MOST_BUDGET = 1 << 24  # rows; more than any text has tokens, and few enough for the widest class of heads
 
 
@@ -48,12 +49,13 @@ class PolicyConfig:
         if self.centres is None:
             object.__setattr__(self, "centres", "online" if self.name == "sieve" else "calibrated")
         _choose("centres", str(self.centres), CENTRES)
-        for term in self.terms or ():
-            _choose("term", term, TERMS)
-        if self.terms is not None:  # in one order, each once
+        if self.terms is not None:
+            for term in self.terms:
+                _choose("term", term, TERMS)
+            if not self.terms:
+                raise ConfigError(f"there are no terms, so nothing is left to score; choose some of {', '.join(TERMS)}")
+            # In one order, each once.
             object.__setattr__(self, "terms", tuple(term for term in TERMS if term in self.terms))
-        if self.terms is not None and not self.terms:
-            raise ConfigError(f"there are no terms, so nothing is left to score; choose some of {', '.join(TERMS)}")
         _choose("aggregation", self.aggregation, ("mean", "max"))
         if self.offset_max < 1 or self.offset_max & (self.offset_max - 1):
             raise ConfigError(f"offset_max {self.offset_max} must be a power of two, such as 4096")

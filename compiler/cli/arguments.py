@@ -84,6 +84,14 @@ def add_engine_options(parser: ArgumentParser | _ArgumentGroup) -> None:
     )
 
 
+def add_report_options(parser: ArgumentParser) -> None:
+    """What terminal.show_report does, and the engine's options, for verbs that measure one."""
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="write the report there too, as JSON")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_engine_options(parser)
+    add_quiet(parser)
+
+
 def add_library_options(parser: ArgumentParser | _ArgumentGroup) -> None:
     """How a TensorRT plugin library is built, for verbs that build one; keywords of TensorRTConfig."""
     parser.add_argument(

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 
 from keysieve.compiler.cli.arguments import add_quiet, output_file, positive, progress_of
 from keysieve.compiler.cli.terminal import UsageError, quiet_transformers, say, show, usage_errors
+from keysieve.compiler.config import CALIBRATION_TOKENS
 
 if TYPE_CHECKING:
     from keysieve.compiler.statistics_report import StatisticsReport
-
-MAX_TOKENS = 49152
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -37,7 +36,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--text-field", metavar="NAME", default="text", help="field of .jsonl, column of .parquet (default text)"
     )
     parser.add_argument(
-        "--max-tokens", metavar="N", type=positive, default=MAX_TOKENS, help=f"tokens to read (default {MAX_TOKENS})"
+        "--max-tokens",
+        metavar="N",
+        type=positive,
+        default=CALIBRATION_TOKENS,
+        help=f"tokens to read (default {CALIBRATION_TOKENS})",
     )
     parser.add_argument(
         "--batch-size", metavar="N", type=positive, default=1, help="sequences of one forward pass (default 1)"

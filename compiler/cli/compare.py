@@ -7,8 +7,7 @@ from typing import Any
 
 from keysieve.compiler.cli.arguments import (
     ENGINE,
-    add_engine_options,
-    add_quiet,
+    add_report_options,
     given,
     output_file,
     positive,
@@ -39,10 +38,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help=f"rows kept (default {','.join(map(str, BUDGETS))})",
     )
     parser.add_argument("--max-tokens", metavar="N", type=positive, help="tokens to read of each text (default 2048)")
-    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="write the report there too, as JSON")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_engine_options(parser)
-    add_quiet(parser)
+    add_report_options(parser)
 
 
 def run(args: Namespace) -> int:

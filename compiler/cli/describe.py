@@ -47,7 +47,7 @@ def _kept_rows(report: "Report") -> list[tuple[str, str]]:
     for cache in report.caches:
         heads[cache["rows"]] += len(cache["kv_heads"])
     if len(heads) > 1:
-        classes = ", ".join(f"{count} of {rows:,} rows" for rows, count in sorted(heads.items()))
+        classes = ", ".join(f"{count} of {each:,} rows" for each, count in sorted(heads.items()))
         rows.append(("KV heads", f"{classes}, for budget {report.budget:,}"))
     return rows
 

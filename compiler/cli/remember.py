@@ -7,8 +7,7 @@ from typing import Any
 
 from keysieve.compiler.cli.arguments import (
     ENGINE,
-    add_engine_options,
-    add_quiet,
+    add_report_options,
     given,
     natural,
     output_file,
@@ -32,10 +31,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--tokens", metavar="N", type=positive, help="tokens of each prompt (default 1024)")
     parser.add_argument("--trials", metavar="N", type=positive, help="prompts a task (default 20)")
     parser.add_argument("--seed", metavar="N", type=natural, help="of the prompts (default 0)")
-    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="write the report there too, as JSON")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_engine_options(parser)
-    add_quiet(parser)
+    add_report_options(parser)
 
 
 def run(args: Namespace) -> int:
