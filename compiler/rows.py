@@ -66,7 +66,7 @@ class Rows:
         states = {state["name"]: self.suffixes[state["class"]] for state in manifest["row_states"]}
         # What ends the names of the class whose rows' tokens a state holds, by the name of that state.
         self.token_states = {name: end for name, end in states.items() if name.startswith(ROW_STATES[1])}
-        average = one_a_sequence(capacity if budget is None else budget, batch)
+        average = np.full(batch, capacity, np.int32) if budget is None else one_a_sequence(budget, batch)
         self._check_budget(eviction, average)
         room = max(self.interval, chunk or 0)
         if self.dense:
