@@ -21,7 +21,7 @@ from keysieve.compiler.config import CALIBRATION_TOKENS
 from keysieve.compiler.interrupts import interrupt_deferred
 from keysieve.compiler.layerwise import LayerByLayer
 from keysieve.compiler.learn import learn_gates
-from keysieve.compiler.learning_texts import CONTEXT, learning_texts, plan_learning
+from keysieve.compiler.learning_texts import CONTEXT, check_learning, learning_texts, plan_learning
 from keysieve.compiler.model import identity, load_model, load_skeleton, load_tokenizer
 from keysieve.compiler.pipeline import Matched, find, model_sizes, tap_graph
 from keysieve.compiler.progress import Progress
@@ -107,7 +107,11 @@ def calibrate(
     resumed = workers.on_first(lambda: _resume(output, model_identity, matched, text_hash, max_tokens, chunk, context))
     done = resumed.tokens if resumed else 0
     measured = resumed and (done >= max_tokens or (done == resumed.tokens_planned < max_tokens and done % chunk))
-    gates = gates and output.suffix != ".pt" and not (resumed and resumed.learned and resumed.learned.finished)
+    gates = gates and output.suffix != ".pt"
+    known = bool(gates and resumed and resumed.learned and resumed.learned.finished)
+    gates = gates and not known
+    if gates:
+        check_learning(tokenizer, limit, context)
     if resumed and measured and not gates:
         return _warned(resumed, workers)
     graph = tap_graph(matched, learn=True) if gates else tap_graph(matched)
@@ -124,6 +128,9 @@ def calibrate(
             result = measurement.run(chunks, progress)
             stage.note(f"{result.tokens:,} tokens" + (f", {done:,} of them before" if done else ""))
         workers.on_first(lambda: _save(result, output))
+    if known:
+        with progress.stage("gates") as stage:
+            stage.note(f"kept as learned before; remove {output} to learn them from the longer text")
     if gates:
         plan = result.learned or plan_learning(tokenizer, total, limit, context)
         gather = partial(learning_texts, start_texts, tokenizer, total, plan)

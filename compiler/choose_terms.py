@@ -4,32 +4,64 @@ from dataclasses import replace
 
 from keysieve.compiler.config import ON_TENSORRT, EvictionConfig
 from keysieve.compiler.pipeline import Matched
-from keysieve.compiler.statistics import LayerStatistics, Statistics
-from keysieve.passes.find_inputs import find_inputs
-from keysieve.passes.result import Attention
+from keysieve.compiler.statistics import Statistics
+from keysieve.passes.find_inputs import inputs_or_misses
+
+LEARN = "`keysieve calibrate MODEL -o FILE` learns them"
 
 
 def choose_terms(
     eviction: EvictionConfig, matched: Matched, statistics: Statistics | None, target: str
-) -> EvictionConfig:
-    """The same with terms and heads, where these are None.
+) -> tuple[EvictionConfig, dict[str, str]]:
+    """The same with terms and heads, where these are None; and why sieve goes "without gates" or "without shares".
 
     sieve has the gate where every layer that evicts has one, and budgets by class where every one has shares. TensorRT
     targets have neither.
     """
-    policy, heads = eviction.policy, eviction.heads
-    known = {} if statistics is None else {layer.layer: layer for layer in statistics.layers}
-    attentions = [rope.attention for rope in matched.ropes]
-    able = policy.name == "sieve" and bool(attentions) and target not in ON_TENSORRT
+    policy, heads, without = eviction.policy, eviction.heads, {}
     if policy.name == "sieve" and policy.terms is None:
-        gated = able and _all_have("gate_weight", attentions, known)
-        gated = gated and len(find_inputs(matched.graph, attentions)) == len(attentions)
-        policy = replace(policy, terms=("trig", "gate") if gated else ("trig",))
+        reason = f"{target} takes none yet" if target in ON_TENSORRT else why_no_gates(matched, statistics)
+        policy = replace(policy, terms=("trig",) if reason else ("trig", "gate"))
+        if reason:
+            without["without gates"] = reason
     if heads is None:
-        shared = able and eviction.scope == "per_layer_per_head" and _all_have("share", attentions, known)
-        heads = "classes" if shared else "uniform"
-    return replace(eviction, policy=policy, heads=heads)
+        reason = f"{target} takes none yet" if target in ON_TENSORRT else _why_uniform(eviction, matched, statistics)
+        heads = "uniform" if reason else "classes"
+        if reason:
+            without["without shares"] = reason
+    return replace(eviction, policy=policy, heads=heads), without
 
 
-def _all_have(name: str, attentions: list[Attention], known: dict[int, LayerStatistics]) -> bool:
-    return all(getattr(known.get(attention.layer), name, None) is not None for attention in attentions)
+def why_no_gates(matched: Matched, statistics: Statistics | None) -> str:
+    """Why not every layer that evicts has a gate; "" where all have."""
+    attentions = [rope.attention for rope in matched.ropes]
+    if not attentions:
+        return "no layer evicts"
+    for miss in inputs_or_misses(matched.graph, attentions).misses:
+        return f"this model can have none: {miss}"
+    return _why_lacking("gate_weight", matched, statistics)
+
+
+def why_no_shares(matched: Matched, statistics: Statistics | None) -> str:
+    """Why not every layer that evicts has shares for its heads; "" where all have."""
+    learned = statistics.learned if statistics is not None else None
+    if learned is not None and learned.finished and not learned.budgets:
+        return "the text of the calibration, or the model's longest text, was too short to learn them"
+    if learned is None and (reason := why_no_gates(matched, statistics)):
+        return reason  # shares are learned with gates alone
+    return _why_lacking("share", matched, statistics)
+
+
+def _why_uniform(eviction: EvictionConfig, matched: Matched, statistics: Statistics | None) -> str:
+    if eviction.scope != "per_layer_per_head":
+        return f"scope {eviction.scope} keeps the same rows in several heads"
+    return why_no_shares(matched, statistics)
+
+
+def _why_lacking(name: str, matched: Matched, statistics: Statistics | None) -> str:
+    if statistics is None:
+        return f"there are no statistics; {LEARN}"
+    known = {layer.layer: getattr(layer, name, None) for layer in statistics.layers}
+    if any(known.get(rope.attention.layer) is None for rope in matched.ropes):
+        return f"these statistics lack them; {LEARN}"
+    return ""

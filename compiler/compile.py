@@ -24,7 +24,7 @@ from keysieve.compiler.bundle import (
     write_manifest,
 )
 from keysieve.compiler.check_split import check_split
-from keysieve.compiler.choose_terms import choose_terms
+from keysieve.compiler.choose_terms import choose_terms, why_no_shares
 from keysieve.compiler.config import ON_TENSORRT, CompileConfig, EvictionConfig
 from keysieve.compiler.head_classes import HeadClasses, classify, uniform
 from keysieve.compiler.inspect import Report, of_layout, report_of
@@ -88,8 +88,9 @@ def compile(
     sizes = model_sizes(matched)
     model_identity = {**source, **sizes}
     statistics = _statistics(config, model_identity, matched, weights_known=not dry_run)
-    config = replace(config, eviction=choose_terms(config.eviction, matched, statistics, config.target))
-    report = report_of(loaded, matched, config.eviction, config.cache_dtype)
+    eviction, without = choose_terms(config.eviction, matched, statistics, config.target)
+    config = replace(config, eviction=eviction)
+    report = replace(report_of(loaded, matched, config.eviction, config.cache_dtype), without=without)
     if config.dump_graphs:
         _dump(config.dump_graphs, "captured", matched.graph)
     with progress.stage("rewrite") as stage:
@@ -166,10 +167,8 @@ def _head_classes(eviction: EvictionConfig, matched: Matched, statistics: Statis
     shares = {layer.layer: layer.share for layer in statistics.layers} if statistics is not None else {}
     found = [share for rope in matched.ropes if (share := shares.get(rope.attention.layer)) is not None]
     if learned is None or len(found) < len(matched.ropes):
-        lacking = "these statistics lack" if statistics is not None else "are in a statistics file: give --stats FILE"
         raise ConfigError(
-            f"head budgets need shares of the heads, which {lacking}; `keysieve calibrate MODEL -o FILE` "
-            "learns them, or leave --heads out"
+            f"head budgets need shares of the heads: {why_no_shares(matched, statistics)}, or leave --heads out"
         )
     protected = eviction.sinks + eviction.recent
     return classify(found, learned.budgets, eviction.budget, eviction.head_classes, protected)
@@ -235,6 +234,7 @@ def _manifest(
         "eviction": asdict(eviction),
         "layers": [asdict(layer) for layer in report.layers],
         "nodes": report.nodes,
+        "without": report.without,
         **layout,
         **({"quantized": report.quantized} if report.quantized else {}),
         "versions": {name: version(name) for name in ("torch", "transformers", "onnx", "onnxruntime")},

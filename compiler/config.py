@@ -176,6 +176,10 @@ class CompileConfig:
         policy = self.eviction.policy
         if policy.gated and self.target in ON_TENSORRT:
             raise ConfigError(f"the gate is not on {self.target} yet; choose --terms trig or --policy triattention")
+        if self.eviction.heads == "classes" and self.target in ON_TENSORRT:
+            raise ConfigError(
+                f"{self.target} takes one budget for all heads as yet; leave --heads and --head-classes out"
+            )
         if policy.gated and self.stats is None:
             raise ConfigError(
                 "the term gate needs the gates of a statistics file: give --stats FILE (made by `keysieve calibrate "

@@ -13,8 +13,8 @@ from torch import Tensor
 from keysieve.compiler.config import EvictionConfig, PolicyConfig
 from keysieve.compiler.head_classes import CHOICE
 from keysieve.kernels.reference.select import standardise
-from keysieve.passes.find_rope import rotation_matrix
 from keysieve.passes.policies.triattention import HALF_LIFE
+from keysieve.passes.probe_rope import rotation_matrix
 from keysieve.passes.rope_form import RopeForm
 
 SINKS, RECENT = EvictionConfig.sinks, EvictionConfig.recent  # rows of every head that stay

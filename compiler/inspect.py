@@ -48,7 +48,8 @@ class Report:
     """What `inspect` prints. Bytes count K and V: for a token, of the layers that grow; for the budget, of all.
 
     dtype: of the cache. quantized: what integer weights cost (see keysieve.export.quantize), empty without them.
-    caches: of the layers that evict: layer, kv_heads (by number), share and rows of a head at the budget.
+    caches: of the layers that evict: layer, kv_heads (by number), share and rows of a head at the budget. without:
+    what of sieve is left out, and why (see choose_terms).
     """
 
     architecture: str
@@ -63,6 +64,7 @@ class Report:
     plans: list[dict[str, Any]] = field(default_factory=list)
     quantized: dict[str, Any] = field(default_factory=dict)
     caches: list[dict[str, Any]] = field(default_factory=list)
+    without: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""
@@ -181,5 +183,6 @@ def _bundle_report(path: Path) -> Report:
         manifest["target"],
         manifest.get("tensorrt", {}).get("plans", []),
         manifest.get("quantized", {}),
+        without=manifest.get("without", {}),
     )
     return of_layout(report, manifest)

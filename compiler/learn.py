@@ -16,7 +16,7 @@ from torch import Tensor
 
 from keysieve.compiler import gate_sums, head_shares, statistics_file
 from keysieve.compiler.interrupts import interrupt_deferred
-from keysieve.compiler.learning_texts import LearningTexts
+from keysieve.compiler.learning_texts import LEAST_CONTEXT, LearningTexts
 from keysieve.compiler.pipeline import Matched
 from keysieve.compiler.progress import Progress
 from keysieve.compiler.run_nodes import Hear
@@ -71,7 +71,8 @@ def learn_gates(
             raise
         save()
         fits = [float(entry.gate_fit.mean()) for entry in result.layers if entry.gate_fit is not None]
-        stage.note(f"{gated} of {len(result.layers)} layers, r {np.mean(fits):.2f} on contexts held out")
+        shares = "" if learner.learned.budgets else f"; no shares, for which {LEAST_CONTEXT:,} tokens are needed"
+        stage.note(f"{gated} of {len(result.layers)} layers, r {np.mean(fits):.2f} on contexts held out{shares}")
     return result
 
 

@@ -15,6 +15,7 @@ CONTEXTS, HELD_OUT, CONTEXT_TOKENS = 24, 4, 640  # at most
 LEAST, TEXT_A_CONTEXT = 12, 1024  # contexts; tokens of the calibration text for which there is one more
 TEXTS, CONTEXT, APART = 2, 4096, 2  # at most; tokens of one; for how many times its length of the text there is one
 BUDGETS = (256, 512, 1024, 2048)
+LEAST_CONTEXT = 2 * BUDGETS[0]  # tokens of a text from which shares can be learned (see usable_budgets)
 SEED = 1
 REPEAT = "\n\nRepeat the previous text exactly:\n\n"
 
@@ -35,19 +36,28 @@ def plan_learning(tokenizer: Any, total: int, limit: int, context: int | None = 
     """What to learn from a text of `total` tokens with a model of `limit` positions.
 
     context: tokens of the texts for shares, CONTEXT unless given; fewer where text or model are shorter. Raises
-    ConfigError for a context that the model cannot take, or for a model without room for a context read twice.
+    ConfigError as check_learning does.
     """
-    if context is not None and context > limit:
-        raise ConfigError(f"context is {context:,} tokens, but the model takes {limit:,}; choose fewer")
-    twice = (limit - len(_instruction(tokenizer))) // 2
-    if twice <= 2 * SINKS:
-        raise ConfigError(f"the model takes {limit} tokens, too few to learn gates; leave them out (--no-gates)")
+    twice = check_learning(tokenizer, limit, context)
     length = context or min(CONTEXT, limit, max(total, FLOOR))
     budgets = usable_budgets(BUDGETS, length)
     contexts = min(CONTEXTS, max(LEAST, total // TEXT_A_CONTEXT))
     held_out = HELD_OUT if contexts == CONTEXTS else HELD_OUT // 2
     texts = min(TEXTS, max(1, total // length // APART)) if budgets else 0
     return Learned(SEED, contexts, held_out, texts, min(CONTEXT_TOKENS, twice), length if budgets else 0, budgets)
+
+
+def check_learning(tokenizer: Any, limit: int, context: int | None = None) -> int:
+    """How many tokens a model of `limit` positions can read twice.
+
+    Raises ConfigError for a context that the model cannot take, or for a model without room for a context read twice.
+    """
+    if context is not None and context > limit:
+        raise ConfigError(f"context is {context:,} tokens, but the model takes {limit:,}; choose fewer")
+    twice = (limit - len(_instruction(tokenizer))) // 2
+    if twice <= 2 * SINKS:
+        raise ConfigError(f"the model takes {limit} tokens, too few to learn gates; leave them out (--no-gates)")
+    return twice
 
 
 def learning_texts(

@@ -13,7 +13,6 @@ from keysieve.errors import MatchError, StatisticsError
 from keysieve.passes.arrange_heads import arrange_heads
 from keysieve.passes.carry_states import State, carried_layers, carry_states
 from keysieve.passes.find_attention import find_attention
-from keysieve.passes.find_inputs import find_inputs
 from keysieve.passes.find_latents import find_latents
 from keysieve.passes.find_rope import find_rope
 from keysieve.passes.gather_logits import gather_logits
@@ -21,7 +20,7 @@ from keysieve.passes.graph import Graph
 from keysieve.passes.group_layers import Group, group_layers, group_parts
 from keysieve.passes.insert_cache import group_windows, insert_cache
 from keysieve.passes.insert_eviction import insert_eviction
-from keysieve.passes.insert_gates import Gate, check_gates, insert_gates
+from keysieve.passes.insert_gates import Gate, check_gates, gate_inputs, insert_gates
 from keysieve.passes.lower_attention import lower_attention
 from keysieve.passes.lower_complex import lower_complex
 from keysieve.passes.lower_fills import lower_fills
@@ -212,8 +211,9 @@ def engine_graph(
     graph, policy = matched.graph, eviction.policy
     hidden, gates = {}, {}
     if policy.gated and ropes:
-        hidden, gates = find_inputs(graph, [rope.attention for rope in ropes]), learned_gates(statistics)
-        check_gates([rope.attention for rope in ropes], hidden, gates)
+        evicting = [rope.attention for rope in ropes]
+        hidden, gates = gate_inputs(graph, evicting), learned_gates(statistics)
+        check_gates(evicting, gates)
     gather_logits(graph)
     attentions, ropes = arrange_heads(graph, matched.attentions, ropes)
     layers = group_layers(ropes)

@@ -19,7 +19,9 @@ MOST_ROWS = (1 << 31) - 1  # lengths and limits are int32
 
 def one_a_sequence(budget: int | Sequence[int], batch: int) -> np.ndarray:
     """A budget for all, or one a sequence, as [B] int32. Raises EngineError for any other number of them."""
-    given = np.atleast_1d(np.asarray(budget, np.int64))
+    given = np.atleast_1d(np.asarray(budget))
+    if given.dtype.kind not in "iu":
+        raise EngineError(f"budget {budget!r} is no whole number of rows; give an int, or one for each prompt")
     if (given > MOST_BUDGET).any():
         raise EngineError(f"budget {int(given.max()):,} is beyond {MOST_BUDGET:,} rows; give a smaller one")
     given = given.astype(np.int32)

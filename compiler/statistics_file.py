@@ -80,6 +80,11 @@ def load(path: str | Path) -> Statistics:
     values that cannot be statistics (see LayerStatistics).
     """
     path = existing(path)
+    if is_official(path):
+        raise StatisticsError(
+            f"{path} has the TriAttention format, which `keysieve compile --stats` takes, but no sums to report on or "
+            "to go on from; name a .safetensors file of `keysieve calibrate`"
+        )
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}

@@ -11,6 +11,8 @@ from keysieve.errors import StatisticsError
 
 def existing(path: str | Path) -> Path:
     path = Path(path)
+    if path.is_dir():
+        raise StatisticsError(f"{path} is a folder; name the statistics file itself")
     if not path.is_file():
         raise StatisticsError(f"{path}: no such file; make it with `keysieve calibrate MODEL -o {path}`")
     return path

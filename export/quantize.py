@@ -9,7 +9,9 @@ The product that makes the logits never has less than 8 bits, for its errors rea
 embedding, which becomes GatherBlockQuantized.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,10 +136,11 @@ class _Integers:
         return self._made[matrix.name]
 
     def _quantize(self, floats: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        from onnxruntime.quantization.matmul_nbits_quantizer import (
-            DefaultWeightOnlyQuantConfig,
-            DefaultWeightOnlyQuantizer,
-        )
+        with _root_logger_as_it_is():
+            from onnxruntime.quantization.matmul_nbits_quantizer import (
+                DefaultWeightOnlyQuantConfig,
+                DefaultWeightOnlyQuantizer,
+            )
 
         config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=False, bits=bits)
         parts = DefaultWeightOnlyQuantizer(config).qbits_block_quant(floats)
@@ -154,6 +157,17 @@ class _Integers:
             self._model.graph.register_initializer(value)
             values.append(value)
         return values
+
+
+@contextmanager
+def _root_logger_as_it_is() -> Iterator[None]:
+    """The quantizer's module makes every library's notes visible when it is imported; that is for the user to say."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        root.handlers[:], root.level = handlers, level
 
 
 def _replace_products(

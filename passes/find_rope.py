@@ -25,14 +25,11 @@ from torch.fx.node import map_arg
 
 import keysieve.plugins.torch.ops  # noqa: F401  (registers torch.ops.keysieve)
 from keysieve.passes.graph import CANNOT_EVALUATE, Graph
+from keysieve.passes.probe_rope import FAR, PROBE_POSITIONS, TOLERANCE, NoRope, probe, rotation_matrix
 from keysieve.passes.result import Attention, Found, Miss, RopeAttention
 from keysieve.passes.rope_form import RopeForm
 
 T = TypeVar("T")
-# Position 0 gives the scaling, 1 the frequencies; the others verify that angles grow linearly with the position.
-PROBE_POSITIONS = (0, 1, 2, 17, 1000)
-FAR = 1 << 24  # a position that no model was made for: frequencies that change with the length have changed there
-TOLERANCE = 1e-6
 PROJECTIONS = {
     torch.ops.aten.linear.default,
     torch.ops.aten.addmm.default,
@@ -44,15 +41,6 @@ PROJECTIONS = {
 }
 
 
-class _NoRope(Exception):
-    """Why a tensor is not the output of a rotary embedding."""
-
-    def __init__(self, node: Node, reason: str):
-        super().__init__(reason)
-        self.node = node
-        self.reason = reason
-
-
 def find_rope(graph: Graph, attentions: list[Attention]) -> Found[RopeAttention]:
     """Match the RoPE of each attention; a layer without any rotation matches as form "nope"."""
     finder = _Finder(graph)
@@ -61,7 +49,7 @@ def find_rope(graph: Graph, attentions: list[Attention]) -> Found[RopeAttention]
         try:
             match = finder.query(attention)
             finder.verify_key(attention, match.form)
-        except _NoRope as miss:
+        except NoRope as miss:
             found.misses.append(Miss(attention.number, miss.node.name, miss.reason))
             continue
         found.matches.append(match)
@@ -79,10 +67,10 @@ class _Finder:
         self.known: dict[Any, Any] = {}
 
     def query(self, attention: Attention) -> RopeAttention:
-        """Walk up from the attention's query to the tensor before RoPE; raises _NoRope where it is not verified."""
+        """Walk up from the attention's query to the tensor before RoPE; raises NoRope where it is not verified."""
         base = attention.query  # what a scale by position would follow
         nearer = [base]  # tensors between the walk and base through which everything flows, the nearest to base first
-        refusal: _NoRope | None = None  # the nearest: further up, it is the same for a less telling reason
+        refusal: NoRope | None = None  # the nearest: further up, it is the same for a less telling reason
         walk = _Walk(self, [base])
         while True:
             node = walk.last()
@@ -92,7 +80,7 @@ class _Finder:
                     continue
                 try:
                     post, form = self._rotation(attention, node, nearer)
-                except _NoRope as refused:
+                except NoRope as refused:
                     refusal = refusal or refused  # perhaps not the whole rotation yet
                 else:
                     walk.finish()
@@ -101,7 +89,7 @@ class _Finder:
                 nearer.append(node)
             if walk.ended():
                 if walk.products:
-                    raise refusal or _NoRope(node, "position-dependent products without one pre-RoPE tensor above them")
+                    raise refusal or NoRope(node, "position-dependent products without one pre-RoPE tensor above them")
                 walk.finish()
                 form = RopeForm("nope", attention.head_dim, 0, np.zeros(0))
                 return RopeAttention(attention, base, base, base, form)
@@ -109,22 +97,22 @@ class _Finder:
 
     def _rotation(self, attention: Attention, pre: Node, nearer: list[Node]) -> tuple[Node, RopeForm]:
         """The node, of `nearer`, at which the rotation of `pre` ends, and its form; then only a norm follows."""
-        refusal: _NoRope | None = None
+        refusal: NoRope | None = None
         base = nearer[0]
         for post in nearer:
             try:
                 form = self._remembered(self._probe, pre, post, attention.query_heads)
-            except _NoRope as refused:
+            except NoRope as refused:
                 refusal = refusal or refused
                 continue
             if post is base or self._remembered(self._commutes, post, base, form):
                 return post, form
-            raise _NoRope(
+            raise NoRope(
                 base,
                 f"what follows RoPE ({form}) does not commute with the rotation, so the queries before RoPE say "
                 "nothing about those after it (as with a norm after RoPE that has a weight for each dim)",
             )
-        raise refusal or _NoRope(pre, "no rotation")
+        raise refusal or NoRope(pre, "no rotation")
 
     def _probe(self, pre: Node, post: Node, heads: int) -> RopeForm:
         return probe(self.graph, pre, post, heads)
@@ -173,7 +161,7 @@ class _Finder:
         return first.shape == x.shape and bool((first - rope(second)).abs().max() <= TOLERANCE * second.abs().max())
 
     def verify_key(self, attention: Attention, form: RopeForm) -> None:
-        """Raise _NoRope unless the key at position p is the key at position 0, turned by p as the queries are."""
+        """Raise NoRope unless the key at position p is the key at position 0, turned by p as the queries are."""
         walk = _Walk(self, [attention.key])
         while True:
             if walk.products and walk.cut() and self._remembered(self._turns, walk.cut(), attention.key, form):
@@ -183,10 +171,10 @@ class _Finder:
                 break
             walk.up()
         if walk.products:
-            raise _NoRope(attention.node, f"queries have RoPE {form} but keys are not turned alike")
+            raise NoRope(attention.node, f"queries have RoPE {form} but keys are not turned alike")
         walk.finish()
         if form.rotary_dim:
-            raise _NoRope(attention.node, f"queries have RoPE {form} but keys have none")
+            raise NoRope(attention.node, f"queries have RoPE {form} but keys have none")
 
     def _turns(self, cut: tuple[Node, ...], key: Node, form: RopeForm) -> bool:
         """Whether, for any values of the cut, the key at each position is that at position 0 turned by the form."""
@@ -232,11 +220,11 @@ class _Finder:
         if signature not in self.known:
             try:
                 self.known[signature] = question(above, below, *more)
-            except _NoRope as refused:
+            except NoRope as refused:
                 self.known[signature] = refused.reason
         answer = self.known[signature]
         if isinstance(answer, str):
-            raise _NoRope(cut[0], answer)
+            raise NoRope(cut[0], answer)
         return answer
 
 
@@ -278,18 +266,18 @@ class _Walk:
             elif _is_tensor(i) and self.sequence in map(str, graph.shape(i)):
                 self.counted = i
         if not self.frontier:
-            raise _NoRope(node, "the attention's input does not depend on the tokens")
+            raise NoRope(node, "the attention's input does not depend on the tokens")
 
     def finish(self) -> None:
-        """Go on to the projections, where no position may enter any more; raises _NoRope where one does."""
+        """Go on to the projections, where no position may enter any more; raises NoRope where one does."""
         self.products = 0
         while not self.ended():
             node = self.last()
             self.up()
             if self.products:
-                raise _NoRope(node, "the position enters before the rotation, too")
+                raise NoRope(node, "the position enters before the rotation, too")
         if self.counted:
-            raise _NoRope(self.counted, "depends on the token's index in the input instead of on position_ids")
+            raise NoRope(self.counted, "depends on the token's index in the input instead of on position_ids")
 
     def _closed(self, node: Node) -> bool:
         return node.op == "placeholder" or node.target in PROJECTIONS
@@ -311,120 +299,3 @@ def _signature(graph: Graph, cut: tuple[Node, ...], post: Node) -> Any:
         arguments = map_arg((node.args, node.kwargs), names.__getitem__)
         operations.append((str(node.target), repr(arguments)))
     return (tuple(names[node] for node in cut), tuple(operations))
-
-
-def probe(graph: Graph, pre: Node, post: Node, heads: int) -> RopeForm:
-    """Measure the rotation between two nodes on unit vectors; raises _NoRope where it is none.
-
-    The subgraph is linear in `pre`, so its values on the D unit vectors are the matrix M(p) of each position p. It is
-    RoPE if M(0) only permutes the dims, scales the rotated ones by s, and M(p) turns every pair by p * inv_freq.
-    """
-    matrices = _rotation_matrices(graph, pre, post, heads, PROBE_POSITIONS)  # [P, D, D]: M(p)[out, in]
-    _check_length(graph, pre, post, heads, matrices)
-    head_dim = matrices.shape[-1]
-    layout = np.abs(matrices[0]).argmax(1)
-    dims = np.arange(head_dim)
-    scales = matrices[0][dims, layout]
-    alone = matrices[0].copy()
-    alone[dims, layout] = 0
-    if np.abs(alone).max() > TOLERANCE or len(set(layout)) < head_dim or scales.min() <= TOLERANCE:
-        raise _NoRope(pre, "RoPE at position 0 is no permutation of the head's dims")
-    inverse = np.argsort(layout)
-    scales = scales[inverse]
-    at_one = matrices[1][inverse] / scales[:, None]  # [D, D] in pre-RoPE dims
-    moved = np.abs(matrices[1:] - matrices[0]).max((0, 2))[inverse] > TOLERANCE * scales
-    linked = np.abs(at_one - np.diag(np.diag(at_one))) > 0
-    rotated = np.flatnonzero(moved | linked.any(1))
-    if not len(rotated):
-        raise _NoRope(pre, "nothing rotates between positions 0 and 1")
-    scaling = float(scales[rotated[0]])
-    if np.abs(scales[rotated] - scaling).max() > TOLERANCE:
-        raise _NoRope(pre, "RoPE at position 0 does not scale all rotated dims alike")
-    if np.abs(np.delete(scales, rotated) - 1).max(initial=0) > TOLERANCE:
-        raise _NoRope(pre, "the dims that are not rotated are scaled")
-    partner = linked.argmax(1)
-    if (linked[rotated].sum(1) != 1).any() or (partner[partner[rotated]] != rotated).any():
-        raise _NoRope(pre, "the rotated dims do not turn in pairs")
-    real = rotated[rotated < partner[rotated]]
-    imaginary = partner[real]
-    inv_freq = np.arctan2(at_one[imaginary, real], at_one[real, real])
-    pairs = tuple(map(int, real)), tuple(map(int, imaginary))
-    form = RopeForm.of_pairs(*pairs, tuple(map(int, layout)), inv_freq, scaling)
-    for matrix, position in zip(matrices, PROBE_POSITIONS, strict=True):
-        # a model's own float32 table is off by the rounding of its angles
-        error = float(np.abs(matrix - rotation_matrix(form, position)).max()) / max(1, position)
-        if error >= TOLERANCE * max(1.0, scaling):
-            raise _NoRope(pre, "the pairs of dims are not turned by angles proportional to the position")
-    return form
-
-
-def rotation_matrix(form: RopeForm, position: float) -> np.ndarray:
-    """M(position) [D, D] of a form, from the pre-RoPE head to the rotated one: what probing must find."""
-    matrix = np.eye(form.head_dim)
-    real, imaginary = form.pairs
-    angle = form.inv_freq * position
-    matrix[real, real] = matrix[imaginary, imaginary] = form.scaling * np.cos(angle)
-    matrix[imaginary, real] = form.scaling * np.sin(angle)
-    matrix[real, imaginary] = -form.scaling * np.sin(angle)
-    return matrix[form.source]
-
-
-def _check_length(graph: Graph, pre: Node, post: Node, heads: int, matrices: np.ndarray) -> None:
-    """Raise _NoRope where the rotation of a token changes when a later one is there, naming the length.
-
-    Keys that are cached would no longer fit: they were rotated when the text was shorter.
-    """
-
-    def changed(longest: int) -> bool:
-        found = _rotation_matrices(graph, pre, post, heads, (*PROBE_POSITIONS, longest))[:-1]
-        return bool(np.abs(found - matrices).max() > TOLERANCE)
-
-    try:
-        if not changed(FAR):
-            return
-    except _NoRope:
-        return  # a table ends before; its rows do not depend on each other
-    fits, too_long = max(PROBE_POSITIONS), FAR
-    while too_long - fits > 1:
-        middle = (fits + too_long) // 2
-        fits, too_long = (fits, middle) if changed(middle) else (middle, too_long)
-    raise _NoRope(
-        pre, f"its frequencies change with the length, from {too_long + 1:,} tokens on (longrope or dynamic NTK)"
-    )
-
-
-def _rotation_matrices(graph: Graph, pre: Node, post: Node, heads: int, probed: tuple[int, ...]) -> np.ndarray:
-    """[P, D, D] float64: the linear map from pre to post at every position probed, the same for every head.
-
-    One more batch row holds random vectors, which only that map, applied to every head and position alone, explains.
-    """
-    batch, sequence = (str(size) for size in graph.shape(graph.inputs["input_ids"]))
-    shapes = [[str(size) for size in graph.shape(node)] for node in (pre, post)]
-    head_dim, positions = graph.shape(post)[-1], len(probed)
-    for shape in shapes:
-        if sorted(shape[:3]) != sorted([batch, sequence, str(heads)]) or shape[3:] != [str(head_dim)]:
-            raise _NoRope(
-                pre, f"pre-RoPE tensor has shape {shape}, not batch, sequence, {heads} heads and {head_dim} dims"
-            )
-    unit = torch.eye(head_dim, dtype=torch.float64)[:, None, None].expand(-1, heads, positions, -1)
-    generator = torch.Generator().manual_seed(0)
-    mixed = torch.randn(1, heads, positions, head_dim, dtype=torch.float64, generator=generator)
-    axes = np.argsort(graph.head_axes(pre)).tolist()
-    given = {
-        pre: torch.cat((unit, mixed)).permute(axes),  # [D+1,H,P,D] in the layout of pre
-        graph.inputs["input_ids"]: torch.zeros(head_dim + 1, positions, dtype=torch.long),
-        graph.inputs["position_ids"]: torch.tensor(probed).expand(head_dim + 1, positions),
-    }
-    try:
-        result = graph.evaluate(post, given).permute(graph.head_axes(post))
-    except CANNOT_EVALUATE as error:
-        raise _NoRope(pre, f"the subgraph up to the attention cannot be evaluated alone: {error}") from error
-    if list(result.shape) != [head_dim + 1, heads, positions, head_dim]:
-        raise _NoRope(pre, f"the subgraph up to the attention gives shape {list(result.shape)}")
-    result, mixed_result = result[:-1], result[-1]
-    if (result - result[:, :1]).abs().max() > TOLERANCE:
-        raise _NoRope(pre, "heads are rotated differently")
-    matrices = result[:, 0].permute(1, 2, 0)  # [in, P, out] -> [P, out, in]
-    if (torch.einsum("poi,hpi->hpo", matrices, mixed[0]) - mixed_result).abs().max() > TOLERANCE:
-        raise _NoRope(pre, "the subgraph up to the attention is not linear, or mixes heads or positions")
-    return matrices.numpy()

@@ -17,6 +17,7 @@ import torch
 from torch.fx import Node
 
 from keysieve.errors import MatchError
+from keysieve.passes.find_inputs import inputs_or_misses
 from keysieve.passes.graph import Graph
 from keysieve.passes.group_layers import Group
 from keysieve.passes.insert_cache import Cache, class_suffixes
@@ -34,14 +35,17 @@ class Gate:
     bias: np.ndarray
 
 
-def check_gates(attentions: list[Attention], hidden: Mapping[int, Node], gates: Mapping[int, Gate]) -> None:
-    """Raises MatchError where a layer has no gate, or nothing that one could read."""
+def gate_inputs(graph: Graph, attentions: list[Attention]) -> dict[int, Node]:
+    """What the gate of every layer reads. Raises MatchError where a layer has nothing that one could read."""
+    found = inputs_or_misses(graph, attentions)
+    for miss in found.misses:
+        raise MatchError(f"this model can have no gates: {miss}; choose --terms trig")
+    return dict(found.matches)
+
+
+def check_gates(attentions: list[Attention], gates: Mapping[int, Gate]) -> None:
+    """Raises MatchError where a layer has no gate."""
     for attention in attentions:
-        if attention.layer not in hidden:
-            raise MatchError(
-                f"layer {attention.number} has no common input of queries, keys and values, so it has no gate; choose "
-                "--terms trig"
-            )
         if attention.layer not in gates:
             raise MatchError(f"layer {attention.number} has no gate; learn gates with `keysieve calibrate`")
 

@@ -159,7 +159,7 @@ def test_without_gates_it_says_what_to_do(folder: Path) -> None:
 def test_what_the_statistics_lack_is_left_out(folder: Path) -> None:
     default = replace(CLASSES, policy=PolicyConfig(), heads=None)
     stats = statistics_file.load(statistics(folder, "mistral"))
-    chosen = []
+    chosen, reasons = [], []
     for left_out in ((), ("share",), ("share", "gate_weight", "gate_bias", "gate_fit")):
         file = folder / "lacking.safetensors"
         layers = [replace(layer, **dict.fromkeys(left_out)) for layer in stats.layers]
@@ -169,16 +169,29 @@ def test_what_the_statistics_lack_is_left_out(folder: Path) -> None:
             folder / "mistral.model", folder / "-", CompileConfig(default, stats=file), QUIET, dry_run=True
         )
         chosen.append((report.eviction["policy"]["terms"], report.eviction["heads"]))
+        reasons.append(report.without)
+    assert not reasons[0] and list(reasons[1]) == ["without shares"]
+    assert all("these statistics lack them; `keysieve calibrate" in why for why in reasons[2].values())
     assert chosen == [(("trig", "gate"), "classes"), (("trig", "gate"), "uniform"), (("trig",), "uniform")]
     config = CompileConfig(default, target="tensorrt-rtx", stats=statistics(folder, "mistral"))
     report = compile(folder / "mistral.model", folder / "-", config, QUIET, dry_run=True)
     assert (report.eviction["policy"]["terms"], report.eviction["heads"]) == (("trig",), "uniform")
+    assert set(report.without.values()) == {"tensorrt-rtx takes none yet"}
     report = compile(folder / "mistral.model", folder / "-", CompileConfig(default), QUIET, dry_run=True)
     assert (report.eviction["policy"]["terms"], report.eviction["heads"]) == (("trig",), "uniform")
+    assert set(report.without.values()) == {"there are no statistics; `keysieve calibrate MODEL -o FILE` learns them"}
 
 
 def test_layers_without_a_common_input_are_named(folder: Path) -> None:
     model, stats = save_model(family_model("deepseek_v3"), folder / "mla"), folder / "mla.safetensors"
     calibrate(model, stats, max_tokens=256, chunk=256, progress=QUIET, gates=False)
-    with pytest.raises((MatchError, StatisticsError), match="gate"):
+    never = r"this model can have no(ne| gates): layer 0, node .*: query, key and value are projected "
+    with pytest.raises(MatchError, match=f"{never}.*; choose --terms trig"):
         compile(model, folder / "mla.bundle", CompileConfig(KEPT, stats=stats), QUIET)
+    trig = PolicyConfig(terms=("trig",))
+    with pytest.raises(ConfigError, match=f"need shares of the heads: {never}.*, or leave --heads out"):
+        compile(model, folder / "mla.bundle", CompileConfig(replace(CLASSES, policy=trig), stats=stats), QUIET)
+    default = replace(CLASSES, policy=PolicyConfig(), heads=None)
+    report = compile(model, folder / "mla.bundle", CompileConfig(default, stats=stats), QUIET)
+    assert list(report.without) == ["without gates", "without shares"]
+    assert inspect(folder / "mla.bundle").without == report.without

@@ -78,6 +78,8 @@ def run(args: Namespace) -> int:
         raise UsageError("--context is for the texts by which shares are learned; leave --no-gates or --context out")
     if args.gates and output.suffix == ".pt":
         raise UsageError("a .pt file has no place for gates and shares; leave --gates out, or name another file")
+    if args.context is not None and output.suffix == ".pt":
+        raise UsageError("a .pt file has no place for shares; leave --context out, or name another file")
     if args.report:
         _check_report(args.report)
     try:

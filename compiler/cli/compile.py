@@ -165,6 +165,8 @@ def compile_config(args: Namespace) -> CompileConfig:
     if foreign and not PolicyConfig(name, terms=policy.get("terms", TERMS)).trigonometric:
         raise UsageError(f"policy {name} does not use {', '.join(foreign)}; leave it out, or use triattention")
     kept = given(args, "budget", "interval", "sinks", "recent", "scope", "prompt", "heads", "head_classes")
+    if "head_classes" in kept and name == "sieve":
+        kept.setdefault("heads", "classes")
     eviction = EvictionConfig(PolicyConfig(name, **policy), **kept)
     if args.head_classes is not None and eviction.heads != "classes":
         raise UsageError("--head-classes says how many classes --heads classes makes; add that, or leave it out")

@@ -39,10 +39,12 @@ def report_rows(report: "Report") -> list[tuple[str, str]]:
 
 
 def _kept_rows(report: "Report") -> list[tuple[str, str]]:
-    """The policy; where it has no gate, what gives one; and how many rows heads of unequal budgets get."""
-    eviction, rows = report.eviction, [("policy", policy_of(report.eviction))]
-    if eviction["policy"]["name"] == "sieve" and "gate" not in (eviction["policy"]["terms"] or ()):
-        rows.append(("", "without gates: `keysieve calibrate` learns them where model and target allow it"))
+    """The policy; what of it is left out, and why; and how many rows heads of unequal budgets get."""
+    rows = [("policy", policy_of(report.eviction))]
+    reasons: dict[str, list[str]] = {}
+    for what, why in report.without.items():
+        reasons.setdefault(why, []).append(what)
+    rows += [("", f"{' and '.join(lacking)}: {why}") for why, lacking in reasons.items()]
     heads: Counter[int] = Counter()
     for cache in report.caches:
         heads[cache["rows"]] += len(cache["kv_heads"])

@@ -7,7 +7,7 @@ import torch
 from keysieve.compiler import head_shares
 from keysieve.compiler.head_shares import FLOOR, row_values, rows_held, trig_scores, usable_budgets
 from keysieve.kernels.reference.score import score
-from keysieve.passes.find_rope import rotation_matrix
+from keysieve.passes.probe_rope import rotation_matrix
 from keysieve.passes.rope_form import RopeForm
 
 pytestmark = pytest.mark.usefixtures("one_thread")

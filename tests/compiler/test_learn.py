@@ -18,7 +18,7 @@ from keysieve.compiler.calibrate import calibrate
 from keysieve.compiler.pipeline import Matched, find, tap_graph
 from keysieve.compiler.progress import Progress
 from keysieve.compiler.statistics import Statistics
-from keysieve.errors import StatisticsError
+from keysieve.errors import ConfigError, StatisticsError
 from support.bundles import tiny_folder
 from support.families import family_model
 from support.threads import Threads
@@ -172,3 +172,21 @@ def test_latent_attention_gets_no_gate(tmp_path: Path, text: Path, capsys: pytes
     found = calibrate(model, tmp_path / "stats", [text], 512, 256, Progress(), gates=True)
     assert found.learned is None and found.layers[0].gate_weight is None
     assert "gates" in (said := capsys.readouterr().err) and "none: layer 0, node" in said
+
+
+def test_a_text_too_short_for_shares_is_said(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learning_texts, "BUDGETS", (100_000,))
+    model = tiny_folder("llama", tmp_path)
+    found = calibrate(model, tmp_path / "stats", [text], 512, 256, Progress(), gates=True)
+    assert found.learned is not None and not found.learned.budgets
+    assert "; no shares, for which" in capsys.readouterr().err
+    calibrate(model, tmp_path / "stats", [text], 768, 256, Progress(), gates=True)
+    assert "kept as learned before" in capsys.readouterr().err
+
+
+def test_a_context_beyond_the_model_is_refused_before_anything_is_measured(tmp_path: Path, text: Path) -> None:
+    with pytest.raises(ConfigError, match=r"context is 1,000,000 tokens, but the model takes"):
+        calibrate(tiny_folder("llama", tmp_path), tmp_path / "stats", [text], 512, 256, QUIET, context=1_000_000)
+    assert not (tmp_path / "stats").exists()

@@ -63,3 +63,13 @@ def test_sizes_that_cannot_be(sizes: tuple[int, int, object], said: str) -> None
 def test_no_budget_is_beyond_what_the_widest_class_can_count() -> None:
     with pytest.raises(EngineError, match="budget 99,999,999,999 is beyond 16,777,216 rows"):
         Rows(manifest(), 1, 64, 99_999_999_999, None, None)
+
+
+@pytest.mark.parametrize("budget", [64.7, "64", [48.5]], ids=str)
+def test_budgets_are_whole_numbers(budget: object) -> None:
+    with pytest.raises(EngineError, match="is no whole number of rows"):
+        Rows(manifest(), 1, 64, budget, None, None)  # type: ignore[arg-type]
+
+
+def test_a_dense_capacity_is_not_held_to_the_most_of_a_budget() -> None:
+    assert Rows(manifest(), 1, 1 << 30, None, None, None).sizes()["capacity"] == 1 << 30

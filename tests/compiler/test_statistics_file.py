@@ -116,3 +116,11 @@ def test_a_damaged_plan_is_an_error(path, change):
 def test_statistics_of_another_model_are_refused():
     with pytest.raises(StatisticsError, match="architecture is 'A' in the file and 'B' in the model"):
         check_matches(made(), {"architecture": "B"}, [ROPE, ROPE])
+
+
+def test_what_is_no_statistics_file_is_called_by_its_name(tmp_path):
+    with pytest.raises(StatisticsError, match="is a folder; name the statistics file itself"):
+        load(tmp_path)
+    (tmp_path / "x.pt").touch()
+    with pytest.raises(StatisticsError, match=r"x.pt has the TriAttention format, which `keysieve compile"):
+        load(tmp_path / "x.pt")

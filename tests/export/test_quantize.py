@@ -1,5 +1,8 @@
 """Integer weights: what is replaced, how close the product stays, and that ONNX Runtime computes what the file says."""
 
+import logging
+import sys
+
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
@@ -133,3 +136,12 @@ def test_half_precision_products_stay() -> None:
         value.const_value = ir.tensor(value.const_value.numpy().astype(np.float16))
     found = quantize(half, "int4")
     assert (found.products, found.quantized, found.error) == (2, 0, 0.0)
+
+
+def test_other_loggers_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "onnxruntime.quantization.matmul_nbits_quantizer", raising=False)
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    before = root.level
+    quantize(model(), "int4")
+    assert (root.handlers, root.level) == ([], before)

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from keysieve.passes.find_attention import find_attention
-from keysieve.passes.find_rope import find_rope, rotation_matrix
+from keysieve.passes.find_rope import find_rope
+from keysieve.passes.probe_rope import rotation_matrix
 from keysieve.passes.rope_form import RopeForm
 from support.graphs import ToyDecoder, graph_of, matched, run
 from support.tiny_models import DECODERS, tiny_model

@@ -9,7 +9,6 @@ import torch
 from keysieve.compiler.config import PolicyConfig
 from keysieve.errors import MatchError
 from keysieve.kernels import reference
-from keysieve.passes.find_rope import rotation_matrix
 from keysieve.passes.group_layers import Group
 from keysieve.passes.insert_cache import insert_cache
 from keysieve.passes.policies.triattention import (
@@ -20,6 +19,7 @@ from keysieve.passes.policies.triattention import (
     offset_factors,
     triattention,
 )
+from keysieve.passes.probe_rope import rotation_matrix
 from keysieve.passes.rope_form import RopeForm
 from support.explicit_scores import explicit_scores
 from support.graphs import match, matched

@@ -89,6 +89,12 @@ def test_gates_are_learned_unless_they_are_left_out(options: list[str], gates: b
     assert calls[0][1]["gates"] is gates
 
 
+def test_a_context_for_shares_that_nobody_keeps(stub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    calls = stub(FUNCTION, RESULT)
+    assert main(["calibrate", "m", "-o", str(tmp_path / "s.pt"), "--context", "64"]) == 2
+    assert "no place for shares" in capsys.readouterr().err and not calls
+
+
 def fitted() -> Statistics:
     rope = RopeForm("half_split", 4, 4, np.array([1.0, 0.1]))
     layers = [LayerStatistics(n, rope, np.full((1, 4), mean), np.ones((1, 2))) for n, mean in ((0, 0.6), (1, 0.5))]

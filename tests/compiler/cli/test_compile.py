@@ -68,6 +68,13 @@ def test_tensorrt_options_reach_the_config(stub, report) -> None:
     assert config.tensorrt == TensorRTConfig((86, 120), 2, 4096, 64, True, Path("headers"))
 
 
+def test_a_number_of_classes_asks_for_classes(stub, report) -> None:
+    calls = stub(FUNCTION, report(*LAYERS))
+    assert main(["compile", "m", "-o", "out", "--stats", "s", "--head-classes", "2"]) == 0
+    eviction = calls[0][0][2].eviction
+    assert (eviction.heads, eviction.head_classes) == ("classes", 2)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -80,6 +87,8 @@ def test_tensorrt_options_reach_the_config(stub, report) -> None:
         ("-o out --policy triattention", "needs a statistics file"),
         ("-o out --terms gate", "needs the gates of a statistics file"),
         ("-o out --budget 99999999999", "budget 99,999,999,999 is beyond 16,777,216 rows"),
+        ("-o out --stats s --head-classes 2 --target tensorrt-rtx", "tensorrt-rtx takes one budget for all heads"),
+        ("-o out --heads uniform --head-classes 2", "add that, or leave it out"),
         ("-o out --terms trig,nope", "unknown term 'nope'"),
         ("-o out --policy streaming --terms trig", "policy streaming has no --terms"),
         ("-o out --policy nope", "invalid choice: 'nope'"),
