@@ -1,27 +1,42 @@
-"""A heat map of layers and bands as an SVG file, written without any library."""
+"""Heat maps of layers and bands, and of layers and heads, as an SVG file, written without any library."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from xml.sax.saxutils import escape
-
-Row = tuple[str, Sequence[float], str, str]  # layer, values from 0 to 1 (one a band), R, drift
 
 LEFT, TOP, RIGHT, BOTTOM = 60, 92, 130, 60
 CELL_HEIGHT = 14
 MAP_WIDTH = 512
 TICKS = 8  # labels along the bands, at most
-LEGEND_STEPS = 64
+LEGEND_WIDTH, LEGEND_STEPS = 160, 64
+HEADS_LEFT, HEADS_WIDTH, HEAD_CELL = 70, 256, 32  # of the map of heads: a column before it, and the most it takes
+WIDEST = 8.0  # share of the darkest colour; its inverse has the lightest, 1 the middle
 COLOURS = ((253, 231, 204), (214, 96, 110), (46, 20, 84))  # of 0, 0.5 and 1: light to dark, so also without colour
 
 
-def picture(title: str, subtitle: str, rows: Sequence[Row]) -> str:
+@dataclass(frozen=True)
+class Row:
+    """One layer: R of every band from 0 to 1, of all, drift and the gates' correlation as text, shares of its heads."""
+
+    layer: str
+    bands: Sequence[float]
+    resultant: str
+    drift: str
+    gate: str = ""
+    shares: Sequence[float] = ()
+
+
+def picture(title: str, subtitle: str, rows: Sequence[Row], shares: str = "") -> str:
     """The SVG text: one line of cells a layer, R and drift of the layer beside it, axes, and a legend from 0 to 1.
 
-    Layers may differ in the number of bands; one without bands shows an empty line.
+    shares: what the map of the heads' shares is called, which comes beside it with the gates' correlation; "" for none.
+    Layers may differ in the number of bands and heads; one without bands shows an empty line.
     """
-    bands = max((len(values) for _, values, _, _ in rows), default=0)
+    bands = max((len(row.bands) for row in rows), default=0)
     cell = MAP_WIDTH / max(bands, 1)
     height = TOP + CELL_HEIGHT * len(rows) + BOTTOM
-    width = LEFT + MAP_WIDTH + RIGHT
+    beside, width = _shares(LEFT + MAP_WIDTH + RIGHT, rows, shares)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         'font-family="sans-serif" font-size="11">',
@@ -32,35 +47,65 @@ def picture(title: str, subtitle: str, rows: Sequence[Row]) -> str:
         _text(LEFT + MAP_WIDTH + 12, TOP - 8, "R"),
         _text(LEFT + MAP_WIDTH + 62, TOP - 8, "drift"),
     ]
-    for number, (layer, values, resultant, drift) in enumerate(rows):
+    for number, row in enumerate(rows):
         y = TOP + CELL_HEIGHT * number
-        parts.append(_text(LEFT - 8, y + 11, layer, anchor="end"))
-        for band, value in enumerate(values):
-            parts.append(
-                f'<rect class="cell" x="{LEFT + band * cell:.2f}" y="{y}" width="{cell:.2f}" height="{CELL_HEIGHT}" '
-                f'fill="{_colour(value)}"><title>layer {escape(layer)}, band {band}: R {value:.3f}</title></rect>'
-            )
-        parts.append(_text(LEFT + MAP_WIDTH + 12, y + 11, resultant))
-        parts.append(_text(LEFT + MAP_WIDTH + 62, y + 11, drift))
+        parts.append(_text(LEFT - 8, y + 11, row.layer, anchor="end"))
+        for band, value in enumerate(row.bands):
+            said = f"layer {row.layer}, band {band}: R {value:.3f}"
+            parts.append(_cell("cell", LEFT + band * cell, y, cell, value, said))
+        parts.append(_text(LEFT + MAP_WIDTH + 12, y + 11, row.resultant))
+        parts.append(_text(LEFT + MAP_WIDTH + 62, y + 11, row.drift))
     bottom = TOP + CELL_HEIGHT * len(rows)
     step = max(1, -(-bands // TICKS))
     for band in range(0, bands, step):
         parts.append(_text(LEFT + (band + 0.5) * cell, bottom + 14, str(band), anchor="middle"))
     parts.append(_text(LEFT + MAP_WIDTH / 2, bottom + 32, "band (0 turns fastest)", anchor="middle"))
-    parts += [*_legend(), "</svg>"]
+    ends = (("0", 0.0), ("0.5", 0.5), ("1", 1.0))
+    parts += [*_legend(LEFT + MAP_WIDTH - LEGEND_WIDTH, "R", ends), *beside, "</svg>"]
     return "\n".join(parts) + "\n"
 
 
-def _legend() -> list[str]:
-    left, top, width = LEFT + MAP_WIDTH - 160, 50, 160
-    step = width / LEGEND_STEPS
+def _shares(left: float, rows: Sequence[Row], name: str) -> tuple[list[str], float]:
+    """The map of layers and heads with the gates' correlation before it, and where it ends."""
+    heads = max((len(row.shares) for row in rows), default=0)
+    if not (heads or any(row.gate for row in rows)):
+        return [], left
+    parts, cells = [_text(left, TOP - 8, "gate r")], left + HEADS_LEFT
+    cell = min(HEAD_CELL, HEADS_WIDTH / max(heads, 1))
+    for number, row in enumerate(rows):
+        y = TOP + CELL_HEIGHT * number
+        parts.append(_text(left, y + 11, row.gate))
+        for head, share in enumerate(row.shares):
+            said = f"layer {row.layer}, KV head {head}: share {share:.2f}"
+            value = (math.log(max(share, 1 / WIDEST), WIDEST) + 1) / 2
+            parts.append(_cell("share", cells + head * cell, y, cell, value, said))
+    if not heads:
+        return parts, cells
+    bottom = TOP + CELL_HEIGHT * len(rows)
+    for head in range(0, heads, max(1, -(-heads // TICKS))):
+        parts.append(_text(cells + (head + 0.5) * cell, bottom + 14, str(head), anchor="middle"))
+    parts += [_text(cells, bottom + 32, "KV head"), _text(cells, TOP - 8, name)]
+    ends = ((f"1/{WIDEST:g}", 0.0), ("1", 0.5), (f"{WIDEST:g}", 1.0))
+    parts += _legend(cells, "share", ends)
+    return parts, cells + max(heads * cell, LEGEND_WIDTH) + 40
+
+
+def _cell(kind: str, x: float, y: float, width: float, value: float, said: str) -> str:
+    return (
+        f'<rect class="{kind}" x="{x:.2f}" y="{y}" width="{width:.2f}" height="{CELL_HEIGHT}" '
+        f'fill="{_colour(value)}"><title>{escape(said)}</title></rect>'
+    )
+
+
+def _legend(left: float, name: str, ends: Sequence[tuple[str, float]]) -> list[str]:
+    top, step = 50, LEGEND_WIDTH / LEGEND_STEPS
     parts = [
         f'<rect x="{left + step * n:.2f}" y="{top}" width="{step + 0.3:.2f}" height="9" '
         f'fill="{_colour((n + 0.5) / LEGEND_STEPS)}"/>'
         for n in range(LEGEND_STEPS)
     ]
-    ends = [(left, "0"), (left + width / 2, "0.5"), (left + width, "1")]
-    return [*parts, *(_text(x, top + 20, label, anchor="middle") for x, label in ends), _text(left - 22, top + 9, "R")]
+    marks = [_text(left + place * LEGEND_WIDTH, top + 20, label, anchor="middle") for label, place in ends]
+    return [*parts, *marks, _text(left - 12, top + 9, name, anchor="end")]
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start", size: int = 11) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from keysieve.compiler.statistics import LayerStatistics, Statistics
 from keysieve.compiler.statistics_file import load
-from keysieve.compiler.statistics_picture import picture
+from keysieve.compiler.statistics_picture import Row, picture
 from keysieve.compiler.whole_file import write_whole
 from keysieve.errors import ConfigError
 
@@ -83,18 +83,34 @@ class StatisticsReport:
         ]
         return sorted(shares, key=lambda share: -share[2])[:count]
 
+    @property
+    def middle(self) -> int:
+        """The index of the budget whose shares stand for all where there is room for one."""
+        return (len(self.share_budgets) - 1) // 2
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""
         return asdict(self)
 
     def to_svg(self) -> str:
-        """R of every layer and band as a picture."""
+        """R of every layer and band as a picture; beside it the gates' correlation, and the shares of the heads."""
         halves = " + ".join(f"{tokens:,}" for tokens in self.tokens_by_half)
         title = f"{self.architecture}: mean resultant length R of pre-RoPE queries"
         facts = [f"{self.tokens:,} tokens", f"amplitude-weighted R {shown(self.resultant)}"]
         facts += [f"drift {shown(self.drift)} between halves of {halves} tokens"] if halves else []
-        rows = [(str(fit.layer), fit.bands, shown(fit.resultant), shown(fit.drift)) for fit in self.layers]
-        return picture(title, ", ".join(facts), rows)
+        rows = [
+            Row(
+                str(fit.layer),
+                fit.bands,
+                shown(fit.resultant),
+                shown(fit.drift),
+                shown(fit.gate) if self.gate is not None else "",
+                fit.shares[self.middle] if fit.shares else (),
+            )
+            for fit in self.layers
+        ]
+        named = f"of rows, at budget {self.share_budgets[self.middle]:,}" if self.share_budgets else ""
+        return picture(title, ", ".join(facts), rows, named)
 
 
 def statistics_report(statistics: Statistics | str | Path) -> StatisticsReport:

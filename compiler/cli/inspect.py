@@ -21,7 +21,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
-        "--picture", metavar="FILE", type=Path, help="of a statistics file: R of every layer and band as .svg"
+        "--picture",
+        metavar="FILE",
+        type=Path,
+        help="of a statistics file: R of every layer and band, and shares of the heads, as .svg",
     )
     add_quiet(parser)
 

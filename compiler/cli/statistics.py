@@ -53,7 +53,7 @@ def _text(report: "StatisticsReport") -> str:
         facts.append(("gates", f"r {shown(report.gate)} with what contexts held out paid to their keys, mean"))
     for index, budget in enumerate(report.share_budgets):
         facts.append((f"shares at {budget:,}", _shares(report, index)))
-    middle = (len(report.share_budgets) - 1) // 2
+    middle = report.middle
     head = [*HEAD]
     if report.gate is not None:
         head.append("gate r")

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from keysieve.compiler import statistics_file
 from keysieve.compiler.query_moments import QueryMoments
-from keysieve.compiler.statistics import LayerStatistics, Statistics
+from keysieve.compiler.statistics import LayerStatistics, Learned, Statistics
 from keysieve.compiler.statistics_report import statistics_report, write_report
 from keysieve.errors import ConfigError, StatisticsError
 from keysieve.passes.rope_form import RopeForm
@@ -142,6 +142,25 @@ def test_the_picture_has_a_cell_for_every_layer_and_band() -> None:
     for cell in cells:
         assert float(cell.get("x", -1)) + float(cell.get("width", 0)) <= width
         assert float(cell.get("y", -1)) + float(cell.get("height", 0)) <= height
+
+
+def test_the_picture_has_shares_of_every_layer_and_head() -> None:
+    plan = Learned(1, 2, 1, 1, 64, 2048, [256, 512, 1024], done=4)
+    gates = {"gate_weight": np.zeros((2, 3), np.float32), "gate_bias": np.zeros(2, np.float32)}
+    shares = {"share": np.float32([[0.1, 1.9], [0.25, 4.0], [1.0, 1.0]]), "gate_fit": np.float32([0.6, 0.8])}
+    learned = [replace(FIRST, **gates, **shares), nope(1)]
+    svg = statistics_report(replace(statistics(*learned), learned=plan)).to_svg()
+    picture = ElementTree.fromstring(svg)
+    cells = [rect for rect in picture.iter(f"{SVG}rect") if rect.get("class") == "share"]
+    titles = [cell.findtext(f"{SVG}title") for cell in cells]
+    assert titles == [f"layer 0, KV head {head}: share {share}" for head, share in enumerate(("0.25", "4.00"))]
+    texts = [text.text for text in picture.iter(f"{SVG}text")]
+    assert {"gate r", "0.700", "of rows, at budget 512", "KV head", "1/8", "8"} <= set(texts)
+    assert all(
+        float(cell.get("x", 0)) + float(cell.get("width", 0)) <= float(picture.get("width", 0)) for cell in cells
+    )
+    plain = statistics_report(statistics(FIRST, SECOND)).to_svg()
+    assert "gate r" not in plain and "KV head" not in plain
 
 
 def test_reports_are_svg_or_json(tmp_path: Path) -> None:
