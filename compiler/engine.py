@@ -242,7 +242,7 @@ class Engine:
         result = []
         for prompt in [prompts] if single else prompts:
             if isinstance(prompt, str):
-                prompt = self._encode(prompt, chat)
+                prompt = self.encode(prompt, chat)
             ids = [int(token) for token in prompt]  # type: ignore[union-attr,arg-type]
             if not ids:
                 raise EngineError("a prompt is empty; give at least one token")
@@ -252,7 +252,8 @@ class Engine:
             result.append(ids)
         return result
 
-    def _encode(self, text: str, chat: bool) -> list[int]:
+    def encode(self, text: str, chat: bool = False) -> list[int]:
+        """The tokens of a text prompt; chat wraps it in the model's template. Raises EngineError without tokenizer."""
         if self.tokenizer is None:
             raise EngineError(f"{self.bundle.path} has no tokenizer; give token ids instead of text")
         if not chat:

@@ -98,6 +98,11 @@ class Rows:
         """Rows to allocate for one of the manifest's caches."""
         return self.capacities[cache["class"]] if cache["window"] is None else self.window_rows[cache["window"]]
 
+    @property
+    def heads(self) -> int:
+        """KV heads of all layers that evict."""
+        return int(self._heads.sum())
+
     def average(self, of_classes: np.ndarray) -> np.ndarray:
         """[K,B] rows of the heads of each class -> [B] int64: of a head on average, rounded."""
         total = self._heads @ of_classes

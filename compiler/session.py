@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from keysieve.compiler.decoding import Tokens, decode
-from keysieve.compiler.forgotten import forgotten_share
+from keysieve.compiler.holders import count_holders, forgotten_share
 from keysieve.compiler.rows import Rows
 from keysieve.compiler.runtimes import Binding, Buffer
 from keysieve.compiler.sampling import Sampling
@@ -22,8 +22,9 @@ class Counters:
     """What a session has done. Rows are per sequence, and those of a KV head of the layers that evict, on average.
 
     layers: those that evict; capacity: rows of their caches; kv_bytes: allocated bytes of all caches, those of sliding
-    windows included; rounds: evictions executed or planned, summed over sequences. forgotten: the share of the tokens
-    read that no KV head holds any more, for engines that keep which tokens their rows are of (else empty).
+    windows included; rounds: evictions executed or planned, summed over sequences. holders: of every sequence, how many
+    of the `heads` KV heads of these layers hold each token that was read, for engines that keep which tokens their rows
+    are of (else empty).
     """
 
     batch: int
@@ -34,7 +35,13 @@ class Counters:
     rows_held: list[int] = field(default_factory=list)
     rows_evicted: list[int] = field(default_factory=list)
     rounds: list[int] = field(default_factory=list)
-    forgotten: list[float] = field(default_factory=list)
+    holders: list[list[int]] = field(default_factory=list, repr=False)
+    heads: int = 0
+
+    @property
+    def forgotten(self) -> list[float]:
+        """The share of the tokens read that no KV head holds any more; empty without holders."""
+        return [forgotten_share(each) for each in self.holders]
 
 
 class Session:
@@ -128,13 +135,14 @@ class Session:
             rows.tolist(),
             (self.position - rows if self.evicts else np.zeros(self.batch, int)).tolist(),
             self._rounds.tolist(),
-            self._forgotten(),
+            self._holders(),
+            self._rows.heads,
         )
 
-    def _forgotten(self) -> list[float]:
+    def _holders(self) -> list[list[int]]:
         states = self._rows.token_states.items()
         held = [(self._caches[name].array, self._now[f"length{end}"].array) for name, end in states]
-        return forgotten_share(held, self.position) if held else []
+        return count_holders(held, self.position) if held else []
 
     def step(self, input_ids: np.ndarray, count: np.ndarray, logits_at: np.ndarray, next_tokens: int = 1) -> np.ndarray:
         """Feed up to S tokens a sequence and return logits [B,N,V] float32.

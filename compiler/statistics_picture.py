@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
+from keysieve.compiler.shade import shade
+
 LEFT, TOP, RIGHT, BOTTOM = 60, 92, 130, 60
 CELL_HEIGHT = 14
 MAP_WIDTH = 512
@@ -12,7 +14,6 @@ TICKS = 8  # labels along the bands, at most
 LEGEND_WIDTH, LEGEND_STEPS = 160, 64
 HEADS_LEFT, HEADS_WIDTH, HEAD_CELL = 70, 256, 32  # of the map of heads: a column before it, and the most it takes
 WIDEST = 8.0  # share of the darkest colour; its inverse has the lightest, 1 the middle
-COLOURS = ((253, 231, 204), (214, 96, 110), (46, 20, 84))  # of 0, 0.5 and 1: light to dark, so also without colour
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _shares(left: float, rows: Sequence[Row], name: str) -> tuple[list[str], flo
 def _cell(kind: str, x: float, y: float, width: float, value: float, said: str) -> str:
     return (
         f'<rect class="{kind}" x="{x:.2f}" y="{y}" width="{width:.2f}" height="{CELL_HEIGHT}" '
-        f'fill="{_colour(value)}"><title>{escape(said)}</title></rect>'
+        f'fill="{shade(value)}"><title>{escape(said)}</title></rect>'
     )
 
 
@@ -101,7 +102,7 @@ def _legend(left: float, name: str, ends: Sequence[tuple[str, float]]) -> list[s
     top, step = 50, LEGEND_WIDTH / LEGEND_STEPS
     parts = [
         f'<rect x="{left + step * n:.2f}" y="{top}" width="{step + 0.3:.2f}" height="9" '
-        f'fill="{_colour((n + 0.5) / LEGEND_STEPS)}"/>'
+        f'fill="{shade((n + 0.5) / LEGEND_STEPS)}"/>'
         for n in range(LEGEND_STEPS)
     ]
     marks = [_text(left + place * LEGEND_WIDTH, top + 20, label, anchor="middle") for label, place in ends]
@@ -110,10 +111,3 @@ def _legend(left: float, name: str, ends: Sequence[tuple[str, float]]) -> list[s
 
 def _text(x: float, y: float, text: str, anchor: str = "start", size: int = 11) -> str:
     return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}">{escape(text)}</text>'
-
-
-def _colour(value: float) -> str:
-    place = min(max(value, 0.0), 1.0) * (len(COLOURS) - 1)
-    index = min(int(place), len(COLOURS) - 2)
-    pairs = zip(COLOURS[index], COLOURS[index + 1], strict=True)
-    return "#" + "".join(f"{round(a + (b - a) * (place - index)):02x}" for a, b in pairs)

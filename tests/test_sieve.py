@@ -137,8 +137,11 @@ def test_rows_know_their_tokens(folder: Path) -> None:
     assert (held[..., : KEPT.sinks] == np.arange(KEPT.sinks)).all()
     assert session.counters.forgotten == [pytest.approx(1 - len(np.unique(held)) / len(TEXT))]
     assert 0.1 < session.counters.forgotten[0] < 0.9
+    layers, heads, _ = held.shape
+    assert session.counters.heads == layers * heads == max(session.counters.holders[0])
+    assert sum(session.counters.holders[0]) == held.size
     torch_engine = load(bundle(folder, "mistral", KEPT, target="torch"))
-    assert logits(torch_engine)[1].counters.forgotten == session.counters.forgotten
+    assert logits(torch_engine)[1].counters.holders == session.counters.holders
 
 
 def test_without_gates_it_says_what_to_do(folder: Path) -> None:

@@ -5,8 +5,25 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from keysieve.compiler.cli.arguments import ENGINE, add_engine_options, given, natural, positive, prompt_text
-from keysieve.compiler.cli.terminal import human_bytes, quiet_transformers, show, show_json, table, usage_errors
+from keysieve.compiler.cli.arguments import (
+    ENGINE,
+    add_engine_options,
+    given,
+    natural,
+    output_file,
+    positive,
+    prompt_text,
+)
+from keysieve.compiler.cli.terminal import (
+    UsageError,
+    human_bytes,
+    quiet_transformers,
+    show,
+    show_json,
+    table,
+    usage_errors,
+    write_result,
+)
 from keysieve.errors import EngineError
 
 if TYPE_CHECKING:
@@ -48,6 +65,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--stats", action="store_true", help="print speed and memory on stderr afterwards")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
+    parser.add_argument(
+        "--kept",
+        metavar="FILE",
+        type=Path,
+        help="write a page (.html) that shows which tokens the caches hold in the end, for engines with gates",
+    )
 
 
 def run(args: Namespace) -> int:
@@ -60,7 +83,12 @@ def run(args: Namespace) -> int:
     from keysieve.compiler.engine import load
 
     quiet_transformers()
+    page = args.kept and output_file(args.kept, "--kept")
     engine = load(args.bundle, **given(args, *ENGINE))
+    if page and not engine.manifest["row_states"]:
+        raise UsageError(
+            f"--kept: {args.bundle} does not keep which tokens its rows are of, as engines with gates do; leave it out"
+        )
     options = {
         "chat": not args.raw and bool(getattr(engine.tokenizer, "chat_template", None)),
         "ignore_position_limit": args.ignore_position_limit,
@@ -69,27 +97,43 @@ def run(args: Namespace) -> int:
     }
     if args.json:
         (result,) = engine.generate(prompt, **options)
-        numbers = measured(engine, len(result.tokens))
+        tokens, numbers = result.tokens, measured(engine, len(result.tokens))
         show_json({"text": result.text, "token_ids": result.tokens, "reason": result.reason, **numbers})
     else:
-        numbers = measured(engine, _stream(engine, prompt, options))
+        tokens = _stream(engine, prompt, options)
+        numbers = measured(engine, len(tokens))
+    if page:
+        _write_kept(page, engine, prompt, options["chat"], tokens)
     if args.stats:
         print(_stats(numbers), file=sys.stderr)
     return 0
 
 
-def _stream(engine: "Engine", prompt: str, options: dict[str, Any]) -> int:
-    """Print the text as it comes; returns the number of new tokens, without the one that stopped it."""
-    stops, count = set(engine.manifest.get("stop_tokens", [])), 0
+def _write_kept(page: Path, engine: "Engine", prompt: str, chat: bool, tokens: list[int]) -> None:
+    """Which tokens of prompt and text are held in the end; the last one was drawn and not yet read."""
+    from keysieve.compiler.kept_tokens import kept_page
+
+    counters, ids = engine.counters, engine.encode(prompt, chat)
+    if counters is None:
+        raise EngineError("the engine generated nothing, so there is nothing to show")
+    (holders,) = counters.holders
+    read = [*ids, *tokens][: len(holders)]
+    text = kept_page(engine.bundle.path.name, engine.tokenizer, read, len(ids), holders, counters.heads)
+    write_result(page, text, "--kept")
+
+
+def _stream(engine: "Engine", prompt: str, options: dict[str, Any]) -> list[int]:
+    """Print the text as it comes; returns the new tokens, without the one that stopped it."""
+    stops, tokens = set(engine.manifest.get("stop_tokens", [])), []
     steps = engine.stream(prompt, **options)  # a request that cannot be served raises here
     try:
         for step in steps:
-            count += step.tokens[0] not in stops
+            tokens += [token for token in step.tokens if token is not None and token not in stops]
             sys.stdout.write(step.texts[0])
             sys.stdout.flush()
     finally:
         show("")  # so that an interrupt's message has its own line
-    return count
+    return tokens
 
 
 def measured(engine: "Engine", tokens: int) -> dict[str, Any]:

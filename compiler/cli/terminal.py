@@ -49,14 +49,18 @@ def show_report(report: Any, text: str, as_json: bool, output: Path | None) -> N
         show_json(report)
     else:
         show(text)
-    if output is None:
-        return
+    if output is not None:
+        write_result(output, json.dumps(report, indent=1) + "\n")
+
+
+def write_result(path: Path, text: str, option: str = "-o") -> None:
+    """Write the whole file or nothing. Raises KeySieveError, naming the option, where that cannot be done."""
     from keysieve.compiler.bundle import write_atomically
 
     try:
-        write_atomically(output, json.dumps(report, indent=1) + "\n")
+        write_atomically(path, text)
     except OSError as error:
-        raise KeySieveError(f"cannot write {output}: {error.strerror or error}; choose another -o") from error
+        raise KeySieveError(f"cannot write {path}: {error.strerror or error}; choose another {option}") from error
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:

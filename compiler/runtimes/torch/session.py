@@ -113,22 +113,23 @@ class TorchSession:
         rows = self.rows  # an average that is rounded; what else was read is gone
         gone = tokens - rows if self._rows.evicts else np.zeros(self.batch, int)
         sizes = self.batch, self.layers, self.capacity, self.kv_bytes
-        return Counters(*sizes, tokens.tolist(), rows.tolist(), gone.tolist(), rounds, self._forgotten(tokens))
+        held = self._holders(tokens), self._rows.heads
+        return Counters(*sizes, tokens.tolist(), rows.tolist(), gone.tolist(), rounds, *held)
 
-    def _forgotten(self, tokens: np.ndarray) -> list[float]:
-        """As forgotten_share, on the device, since all heads' positions are many bytes to send."""
+    def _holders(self, tokens: np.ndarray) -> list[list[int]]:
+        """As count_holders, on the device, since all heads' positions are many bytes to send."""
         states = [(self._held[name], end) for name, end in self._rows.token_states.items() if name in self._held]
         if not states:
             return []
         longest = int(tokens.max())
-        seen = torch.zeros(self.batch, longest + 1, dtype=torch.bool, device=self._device)  # the last: of no token
+        counts = torch.zeros(self.batch, longest + 1, dtype=torch.int32, device=self._device)  # the last: of no token
         for positions, end in states:
             row = torch.arange(positions.shape[2], device=self._device)
             held = (row < self._held[f"length{end}"][:, None])[:, None]  # [B,1,C]
             for layer in positions.view(-1, self.batch, *positions.shape[1:3]):
-                seen.scatter_(1, torch.where(held, layer, longest).long().flatten(1), True)
-        kept = seen[:, :longest].sum(1).tolist()
-        return [1 - count / int(read) if read else 0.0 for count, read in zip(kept, tokens, strict=True)]
+                rows = torch.where(held, layer, longest).long().flatten(1)
+                counts.scatter_add_(1, rows, counts.new_ones(()).expand_as(rows))
+        return [count[: int(read)] for count, read in zip(counts.tolist(), tokens, strict=True)]
 
     def _read(self, name: str) -> np.ndarray:
         return self._held[name].cpu().numpy()

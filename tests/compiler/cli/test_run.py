@@ -21,8 +21,9 @@ class FakeEngine:
     """Says "Hi you" in three tokens, then stops."""
 
     def __init__(self, template: str | None = "template", error: BaseException | None = None) -> None:
-        self.manifest = {"stop_tokens": [STOP]}
-        self.tokenizer = SimpleNamespace(chat_template=template)
+        self.manifest = {"stop_tokens": [STOP], "row_states": []}
+        self.bundle = SimpleNamespace(path=Path("b"))
+        self.tokenizer = SimpleNamespace(chat_template=template, decode=lambda ids: "".join(f"<{one}>" for one in ids))
         self.counters = Counters(1, 2, 384, 24_576, [13], [260], [129], [3])
         self.timing = Timing(prompt_tokens=10, prompt_seconds=0.5, decoded_tokens=4, decode_seconds=2.0)
         self.requests: list[tuple[str, dict[str, Any]]] = []
@@ -31,6 +32,9 @@ class FakeEngine:
     def generate(self, prompt: str, **options: Any) -> list[Generation]:
         self.requests.append((prompt, options))
         return [Generation("Hi you", [5, 6, 7], "stop")]
+
+    def encode(self, prompt: str, chat: bool) -> list[int]:
+        return [10, 11, 12] if chat else [10]
 
     def stream(self, prompt: str, **options: Any) -> Iterator[Step]:
         self.requests.append((prompt, options))
@@ -124,6 +128,23 @@ def test_a_request_that_cannot_be_served_prints_nothing_else(stub, capsys: pytes
     assert main(["run", "b", "--prompt", "x", "--stats"]) == 1
     output = capsys.readouterr()
     assert (output.out, output.err) == ("", "keysieve: error: budget 5 is too small\n")
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_the_page_of_kept_tokens(form: list[str], stub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    engine, page = FakeEngine(), tmp_path / "kept.html"
+    stub(FUNCTION, engine)
+    base = ["run", "b", "--prompt", "x", *form, "--kept"]
+    assert main([*base, str(page)]) == 2
+    assert "b does not keep which tokens its rows are of" in capsys.readouterr().err
+    engine.manifest["row_states"] = [{"name": "token"}]
+    engine.counters.holders, engine.counters.heads = [[4, 4, 0, 2, 4]], 4  # the last token drawn was not read
+    assert main([*base, str(page)]) == 0
+    text = page.read_text()
+    assert [f"&lt;{token}&gt;</span>" in text for token in (10, 11, 12, 5, 6, 7)] == [True] * 5 + [False]
+    assert 'class="gone" title="token 2: held by 0 of 4 KV heads"' in text
+    assert main([*base, str(tmp_path)]) == 2 and "is a folder" in capsys.readouterr().err
+    assert page.read_text() == text
 
 
 def test_an_interrupt_ends_the_line(stub, capsys: pytest.CaptureFixture) -> None:
