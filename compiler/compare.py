@@ -74,8 +74,8 @@ def compare(
     """Measure a bundle on the first `max_tokens` tokens of every text, at every budget.
 
     threads, device, compiled: of keysieve.load, where source is a path.
-    Returns {"rows": [{"policy", "budget", "scope", "tokens", "kl", "kl_p95", "kl_se", "top1", "ppl", "ppl_dense",
-    "kl_split", ...}, ...]}. A budget that evicts nothing on these texts is an error, not a perfect score.
+    Returns {"rows": [{"policy", "heads", "budget", "scope", "tokens", "kl", "kl_p95", "kl_se", "top1", "ppl",
+    "ppl_dense", "kl_split", ...}, ...]}. A budget that evicts nothing on these texts is an error, not a perfect score.
     """
     engine = source if isinstance(source, Engine) else load(source, threads, device, compiled=compiled)
     progress = progress or Progress()
@@ -100,7 +100,13 @@ def compare(
                 session.close()
             stage.note(f"{len(tokens):,} tokens")
     rows = [
-        {"policy": policy_name(eviction["policy"]), "budget": budget, "scope": eviction["scope"], **result.summary()}
+        {
+            "policy": policy_name(eviction["policy"]),
+            "heads": eviction["heads"],
+            "budget": budget,
+            "scope": eviction["scope"],
+            **result.summary(),
+        }
         for budget, result in results.items()
     ]
     return {"rows": rows}

@@ -53,10 +53,11 @@ def run(args: Namespace) -> int:
 
 
 def _text(rows: Sequence[Mapping[str, Any]]) -> str:
-    head = ("policy", "scope", "budget", "tokens", "KL", "KL p95", "top-1", "ppl", "ppl dense")
+    head = ("policy", "heads", "scope", "budget", "tokens", "KL", "KL p95", "top-1", "ppl", "ppl dense")
     body = [
         (
             row["policy"],
+            row["heads"],
             row["scope"],
             str(row["budget"]),
             f"{row['tokens']:,}",
@@ -68,4 +69,4 @@ def _text(rows: Sequence[Mapping[str, Any]]) -> str:
         )
         for row in rows
     ]
-    return table([head, *body], right=range(2, len(head)))
+    return table([head, *body], right=range(3, len(head)))

@@ -39,9 +39,9 @@ def texts(tmp_path: Path) -> list[Path]:
 def test_the_rows_are_the_naive_numbers(engine: Engine, texts: list[Path]) -> None:
     with pytest.warns(UserWarning, match="with fewer than 1,000"):
         rows = compare(engine, texts, budgets=(48, 160), max_tokens=400, progress=QUIET)["rows"]
-    assert [(row["policy"], row["budget"], row["scope"]) for row in rows] == [
-        ("triattention", 48, "per_layer_per_head"),
-        ("triattention", 160, "per_layer_per_head"),
+    assert [(row["policy"], row["heads"], row["budget"], row["scope"]) for row in rows] == [
+        ("triattention", "uniform", 48, "per_layer_per_head"),
+        ("triattention", "uniform", 160, "per_layer_per_head"),
     ]
     model = tiny_model("llama")
     for row in rows:

@@ -10,6 +10,7 @@ from keysieve.compiler.cli import main
 FUNCTION = "compare.compare"
 ROW = {
     "policy": "triattention",
+    "heads": "uniform",
     "budget": 256,
     "scope": "per_head",
     "tokens": 2047,
@@ -31,8 +32,9 @@ def test_defaults(stub, capsys: pytest.CaptureFixture) -> None:
     assert kwargs.pop("progress").quiet is False
     assert kwargs == {}
     head, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert head[:4] == ["policy", "scope", "budget", "tokens"]
-    assert rows[0] == ["triattention", "per_head", "256", "2,047", "0.0123", "0.2500", "90.0%", "12.346", "12.000"]
+    assert head[:5] == ["policy", "heads", "scope", "budget", "tokens"]
+    numbers = ["256", "2,047", "0.0123", "0.2500", "90.0%", "12.346", "12.000"]
+    assert rows[0] == ["triattention", "uniform", "per_head", *numbers]
     assert len(rows) == 2
 
 
