@@ -13,6 +13,7 @@ from keysieve.compiler.compile import compile
 from keysieve.compiler.config import CompileConfig, EvictionConfig, PolicyConfig
 from keysieve.compiler.engine import Engine, load
 from keysieve.compiler.inspect import inspect
+from keysieve.compiler.runtimes.torch import memory
 from keysieve.errors import ConfigError, MatchError, StatisticsError
 from support.families import family_model
 from support.head_shares import random_shares, with_shares
@@ -141,7 +142,10 @@ def test_rows_know_their_tokens(folder: Path) -> None:
     assert session.counters.heads == layers * heads == max(session.counters.holders[0])
     assert sum(session.counters.holders[0]) == held.size
     torch_engine = load(bundle(folder, "mistral", KEPT, target="torch"))
-    assert logits(torch_engine)[1].counters.holders == session.counters.holders
+    other = logits(torch_engine)[1]
+    assert other.counters.holders == session.counters.holders
+    sizes = {"batch": 1, "capacity": other.capacity, "vocabulary": torch_engine.manifest["vocab_size"]}
+    assert memory.needed(other._program, sizes)["keys and values"] == other.kv_bytes == session.counters.kv_bytes
 
 
 def test_without_gates_it_says_what_to_do(folder: Path) -> None:

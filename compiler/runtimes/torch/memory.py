@@ -7,7 +7,9 @@ import torch
 from keysieve.compiler.runtimes.torch.program import Program
 from keysieve.compiler.weights import free_memory
 from keysieve.errors import EngineError
+from keysieve.plugins.contract import ROW_STATES
 
+IN_CACHES = ("key_", "value_", *ROW_STATES)  # how the names of what grows with the rows begin
 WORKING = 0.05  # of what is held: what a step computes in passing
 
 
@@ -25,7 +27,7 @@ def needed(program: Program, sizes: dict[str, int]) -> dict[str, int]:
     """Bytes by kind, for inputs of those sizes."""
     step = sizes | {"tokens": 1, "N": 1}
     held = {one.name: math.prod(one.sized(step)) * one.dtype.itemsize for one in program.inputs}
-    caches = sum(size for name, size in held.items() if name.startswith(("key_", "value_")))
+    caches = sum(size for name, size in held.items() if name.startswith(IN_CACHES))
     plans = sum(size for name, size in held.items() if name.startswith("plan"))
     result = {"keys and values": caches, "plans": plans, "states": sum(held.values()) - caches - plans}
     result["logits"] = sizes["batch"] * sizes["vocabulary"] * 4

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from keysieve.compiler.decoding import Tokens, prefill
 from keysieve.compiler.rows import Rows
+from keysieve.compiler.runtimes.torch.memory import IN_CACHES
 from keysieve.compiler.runtimes.torch.program import Program
 from keysieve.compiler.runtimes.torch.replay import Replay
 from keysieve.compiler.runtimes.torch.sampler import DeviceSampler
 from keysieve.compiler.sampling import Sampling
 from keysieve.compiler.session import Counters
-from keysieve.plugins.contract import ROW_STATES
 
 OF_A_STEP = ("input_ids", "logits_at")  # inputs whose size is that of a step
 ONE = 1, 1  # a step of one token, whose logits are wanted
@@ -59,9 +59,7 @@ class TorchSession:
         self._ends = torch.zeros(sizes["vocabulary"], dtype=torch.bool, device=self._device)  # tokens that end a text
         self._samplers: dict[Sampling, DeviceSampler] = {}
         self._drawn = torch.zeros(rows.batch, dtype=torch.int64, device=self._device)
-        self.kv_bytes = sum(
-            t.nbytes for name, t in self._held.items() if name.startswith(("key_", "value_", *ROW_STATES))
-        )
+        self.kv_bytes = sum(held.nbytes for name, held in self._held.items() if name.startswith(IN_CACHES))
         self.reset(rows, None, {})
 
     def reset(self, rows: Rows, pinned: Sequence[int] | None, initial: dict[str, np.ndarray]) -> None:
