@@ -16,6 +16,7 @@ from keysieve.errors import StatisticsError
 from keysieve.passes.rope_form import RopeForm
 
 OFFICIAL_STYLES = {"half_split": "half", "interleaved": "interleaved"}
+SUFFIXES = (".pt", ".pth")  # of the official format
 
 
 def save_official(statistics: Statistics, path: str | Path) -> None:
@@ -131,4 +132,4 @@ _OFFICIAL_ARRAYS = ("q_mean_real", "q_mean_imag", "q_abs_mean")
 def is_official(path: Path) -> bool:
     """Whether the file is a torch.save archive (a zip), by content, or says so by its suffix."""
     with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04" or path.suffix in (".pt", ".pth")
+        return file.read(4) == b"PK\x03\x04" or path.suffix in SUFFIXES

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from keysieve.compiler.official_statistics import OFFICIAL_STYLES, is_official, load_official
+from keysieve.compiler.official_statistics import OFFICIAL_STYLES, SUFFIXES, is_official, load_official
 from keysieve.compiler.statistics import (
     RECALIBRATE,
     Identity,
@@ -80,7 +80,7 @@ def load(path: str | Path) -> Statistics:
     values that cannot be statistics (see LayerStatistics).
     """
     path = existing(path)
-    if is_official(path):
+    if path.suffix in SUFFIXES:
         raise StatisticsError(
             f"{path} has the TriAttention format, which `keysieve compile --stats` takes, but no sums to report on or "
             "to go on from; name a .safetensors file of `keysieve calibrate`"
