@@ -8,6 +8,7 @@ from keysieve.compiler.statistics import Statistics
 from keysieve.passes.find_inputs import inputs_or_misses
 
 LEARN = "`keysieve calibrate MODEL -o FILE` learns them"
+LACKING = f"these statistics lack them; {LEARN}"
 
 
 def choose_terms(
@@ -19,13 +20,14 @@ def choose_terms(
     targets have neither.
     """
     policy, heads, without = eviction.policy, eviction.heads, {}
+    refused = f"{target} takes none yet" if target in ON_TENSORRT else ""
     if policy.name == "sieve" and policy.terms is None:
-        reason = f"{target} takes none yet" if target in ON_TENSORRT else why_no_gates(matched, statistics)
+        reason = refused or why_no_gates(matched, statistics)
         policy = replace(policy, terms=("trig",) if reason else ("trig", "gate"))
         if reason:
             without["without gates"] = reason
     if heads is None:
-        reason = f"{target} takes none yet" if target in ON_TENSORRT else _why_uniform(eviction, matched, statistics)
+        reason = refused or _why_uniform(eviction, matched, statistics)
         heads = "uniform" if reason else "classes"
         if reason:
             without["without shares"] = reason
@@ -45,10 +47,10 @@ def why_no_gates(matched: Matched, statistics: Statistics | None) -> str:
 def why_no_shares(matched: Matched, statistics: Statistics | None) -> str:
     """Why not every layer that evicts has shares for its heads; "" where all have."""
     learned = statistics.learned if statistics is not None else None
-    if learned is not None and learned.finished and not learned.budgets:
+    if learned is None:  # shares are learned with gates alone
+        return why_no_gates(matched, statistics) or LACKING
+    if learned.finished and not learned.budgets:
         return "the text of the calibration, or the model's longest text, was too short to learn them"
-    if learned is None and (reason := why_no_gates(matched, statistics)):
-        return reason  # shares are learned with gates alone
     return _why_lacking("share", matched, statistics)
 
 
@@ -63,5 +65,5 @@ def _why_lacking(name: str, matched: Matched, statistics: Statistics | None) -> 
         return f"there are no statistics; {LEARN}"
     known = {layer.layer: getattr(layer, name, None) for layer in statistics.layers}
     if any(known.get(rope.attention.layer) is None for rope in matched.ropes):
-        return f"these statistics lack them; {LEARN}"
+        return LACKING
     return ""

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from keysieve.compiler.bundle import MODEL, PROGRAM, STATE, WEIGHTS, Bundle, open_bundle
 from keysieve.compiler.config import TARGETS, EvictionConfig, PolicyConfig
+from keysieve.compiler.detokenize import new_text
 from keysieve.compiler.head_classes import class_budgets
 from keysieve.compiler.rows import MOST_ROWS, one_a_sequence
 from keysieve.compiler.runtimes import Runtime, Session
@@ -292,22 +293,20 @@ class Engine:
                 )
 
     # -- text --------------------------------------------------------------------------------------------------------
-    def _text(self, tokens: list[int]) -> str:
+    def _text(self, tokens: Sequence[int]) -> str:
         if self.tokenizer is None:
             return ""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _new_text(self, sequence: _Sequence) -> str:
-        """Text that the newest tokens complete; a character whose bytes are not all there yet waits.
-
-        Tokens are decoded together with those shown last, since a token's text can depend on what precedes it.
-        """
-        before = self._text(sequence.tokens[sequence.context : sequence.shown])
-        text = self._text(sequence.tokens[sequence.context :])
-        if text.endswith("\ufffd") and sequence.reason is None:
+        """Text that the newest tokens complete; a character whose bytes are not all there yet waits."""
+        shown = sequence.shown
+        before, new = sequence.tokens[sequence.context : shown], sequence.tokens[shown:]
+        text = new_text(self._text, before, new, sequence.reason is not None)
+        if text is None:
             return ""
-        sequence.context, sequence.shown = sequence.shown, len(sequence.tokens)
-        return text[len(before) :]
+        sequence.context, sequence.shown = shown, len(sequence.tokens)
+        return text
 
 
 def load(

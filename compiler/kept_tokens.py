@@ -1,9 +1,10 @@
 """A page that shows over a text which of its tokens the caches still hold, and by how many of the KV heads."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from keysieve.compiler.detokenize import pieces
 from keysieve.compiler.holders import forgotten_share
 from keysieve.compiler.shade import shade
 
@@ -27,10 +28,10 @@ def kept_page(name: str, tokenizer: Any, ids: Sequence[int], prompt: int, holder
     each.
     """
     spans, number = [], 0
-    for text, count in pieces(tokenizer, ids):
-        share = max(holders[number : number + count]) / heads
-        said = f"token {number}: held by {max(holders[number : number + count])} of {heads} KV heads"
-        spans.append(_span(text, share, said, new=number >= prompt))
+    for text, count in pieces(tokenizer.decode, ids):
+        most = max(holders[number : number + count])
+        said = f"token {number}: held by {most} of {heads} KV heads"
+        spans.append(_span(text, most / heads, said, new=number >= prompt))
         number += count
     numbers = (
         f"{len(ids):,} tokens, {prompt:,} of them the prompt's; {sum(holders) / heads:,.0f} rows a KV head on average; "
@@ -44,20 +45,6 @@ def kept_page(name: str, tokenizer: Any, ids: Sequence[int], prompt: int, holder
         '<span class="new">generated</span></p>\n'
         f'<div id="text">{"".join(spans)}</div></body></html>\n'
     )
-
-
-def pieces(tokenizer: Any, ids: Sequence[int]) -> Iterator[tuple[str, int]]:
-    """(text, how many tokens): tokens whose bytes make up a character only together are one piece.
-
-    Each is decoded behind the piece before it, since a token's text can depend on what precedes it.
-    """
-    context = start = 0
-    for end in range(1, len(ids) + 1):
-        text = str(tokenizer.decode(ids[context:end]))
-        if text.endswith("\ufffd") and end < len(ids):
-            continue
-        yield text[len(str(tokenizer.decode(ids[context:start]))) :], end - start
-        context, start = start, end
 
 
 def _span(text: str, share: float, said: str, new: bool) -> str:

@@ -106,7 +106,7 @@ class Rows:
     def average(self, of_classes: np.ndarray) -> np.ndarray:
         """[K,B] rows of the heads of each class -> [B] int64: of a head on average, rounded."""
         total = self._heads @ of_classes
-        return np.asarray((total + self._heads.sum() // 2) // self._heads.sum(), np.int64)
+        return np.asarray((total + self.heads // 2) // self.heads, np.int64)
 
     def limit(self, tokens: int, count: np.ndarray, next_tokens: int) -> np.ndarray:
         """[K,B] int32: the rows at which a step of `tokens` tokens, `count` [B] of them valid, is to plan an eviction.

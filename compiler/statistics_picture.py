@@ -57,9 +57,7 @@ def picture(title: str, subtitle: str, rows: Sequence[Row], shares: str = "") ->
         parts.append(_text(LEFT + MAP_WIDTH + 12, y + 11, row.resultant))
         parts.append(_text(LEFT + MAP_WIDTH + 62, y + 11, row.drift))
     bottom = TOP + CELL_HEIGHT * len(rows)
-    step = max(1, -(-bands // TICKS))
-    for band in range(0, bands, step):
-        parts.append(_text(LEFT + (band + 0.5) * cell, bottom + 14, str(band), anchor="middle"))
+    parts += _ticks(LEFT, bottom, cell, bands)
     parts.append(_text(LEFT + MAP_WIDTH / 2, bottom + 32, "band (0 turns fastest)", anchor="middle"))
     ends = (("0", 0.0), ("0.5", 0.5), ("1", 1.0))
     parts += [*_legend(LEFT + MAP_WIDTH - LEGEND_WIDTH, "R", ends), *beside, "</svg>"]
@@ -83,12 +81,17 @@ def _shares(left: float, rows: Sequence[Row], name: str) -> tuple[list[str], flo
     if not heads:
         return parts, cells
     bottom = TOP + CELL_HEIGHT * len(rows)
-    for head in range(0, heads, max(1, -(-heads // TICKS))):
-        parts.append(_text(cells + (head + 0.5) * cell, bottom + 14, str(head), anchor="middle"))
+    parts += _ticks(cells, bottom, cell, heads)
     parts += [_text(cells, bottom + 32, "KV head"), _text(cells, TOP - 8, name)]
     ends = ((f"1/{WIDEST:g}", 0.0), ("1", 0.5), (f"{WIDEST:g}", 1.0))
     parts += _legend(cells, "share", ends)
     return parts, cells + max(heads * cell, LEGEND_WIDTH) + 40
+
+
+def _ticks(left: float, bottom: float, cell: float, count: int) -> list[str]:
+    """Some of the numbers of `count` cells, below them."""
+    numbers = range(0, count, max(1, -(-count // TICKS)))
+    return [_text(left + (number + 0.5) * cell, bottom + 14, str(number), anchor="middle") for number in numbers]
 
 
 def _cell(kind: str, x: float, y: float, width: float, value: float, said: str) -> str:

@@ -74,7 +74,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    prompt = prompt_text(args.prompt)
+    text = prompt_text(args.prompt)
+    page = args.kept and output_file(args.kept, "--kept")
     sampling = given(args, "temperature", "top_p", "top_k", "seed")
     with usage_errors():
         from keysieve.compiler.sampling import Sampling
@@ -83,7 +84,6 @@ def run(args: Namespace) -> int:
     from keysieve.compiler.engine import load
 
     quiet_transformers()
-    page = args.kept and output_file(args.kept, "--kept")
     engine = load(args.bundle, **given(args, *ENGINE))
     if page and not engine.manifest["row_states"]:
         raise UsageError(
@@ -95,6 +95,8 @@ def run(args: Namespace) -> int:
         **sampling,
         **given(args, "max_new_tokens", "budget", "capacity", "chunk"),
     }
+    ids = engine.encode(text, options["chat"]) if page else []  # the page shows them
+    prompt = ids if page else text
     if args.json:
         (result,) = engine.generate(prompt, **options)
         tokens, numbers = result.tokens, measured(engine, len(result.tokens))
@@ -103,26 +105,26 @@ def run(args: Namespace) -> int:
         tokens = _stream(engine, prompt, options)
         numbers = measured(engine, len(tokens))
     if page:
-        _write_kept(page, engine, prompt, options["chat"], tokens)
+        _write_kept(page, engine, ids, tokens)
     if args.stats:
         print(_stats(numbers), file=sys.stderr)
     return 0
 
 
-def _write_kept(page: Path, engine: "Engine", prompt: str, chat: bool, tokens: list[int]) -> None:
+def _write_kept(page: Path, engine: "Engine", prompt: list[int], tokens: list[int]) -> None:
     """Which tokens of prompt and text are held in the end; the last one was drawn and not yet read."""
     from keysieve.compiler.kept_tokens import kept_page
 
-    counters, ids = engine.counters, engine.encode(prompt, chat)
+    counters = engine.counters
     if counters is None:
         raise EngineError("the engine generated nothing, so there is nothing to show")
     (holders,) = counters.holders
-    read = [*ids, *tokens][: len(holders)]
-    text = kept_page(engine.bundle.path.name, engine.tokenizer, read, len(ids), holders, counters.heads)
+    read = [*prompt, *tokens][: len(holders)]
+    text = kept_page(engine.bundle.path.name, engine.tokenizer, read, len(prompt), holders, counters.heads)
     write_result(page, text, "--kept")
 
 
-def _stream(engine: "Engine", prompt: str, options: dict[str, Any]) -> list[int]:
+def _stream(engine: "Engine", prompt: str | list[int], options: dict[str, Any]) -> list[int]:
     """Print the text as it comes; returns the new tokens, without the one that stopped it."""
     stops, tokens = set(engine.manifest.get("stop_tokens", [])), []
     steps = engine.stream(prompt, **options)  # a request that cannot be served raises here

@@ -1,8 +1,8 @@
-"""The page of kept tokens: every token once, its holders, what is gone, and characters of several tokens as one."""
+"""The page of kept tokens: every token once, its holders, and what is gone."""
 
 from html.parser import HTMLParser
 
-from keysieve.compiler.kept_tokens import kept_page, pieces
+from keysieve.compiler.kept_tokens import kept_page
 from support.tiny_models import tiny_tokenizer
 
 
@@ -44,12 +44,3 @@ def test_every_token_is_shown_once_with_its_holders() -> None:
     assert f"{len(ids)} tokens, {len(ids) - 1} of them the prompt's" in page
     assert f"{1 / len(ids):.1%} of the tokens are held by no head" in page
     assert "<h1>a&lt;b:" in page
-
-
-def test_the_bytes_of_one_character_are_one_piece() -> None:
-    tokenizer = tiny_tokenizer()
-    ids = tokenizer("x \N{GRINNING FACE} y")["input_ids"]
-    found = list(pieces(tokenizer, ids))
-    assert "".join(text for text, _ in found) == "x \N{GRINNING FACE} y"
-    assert sum(count for _, count in found) == len(ids)
-    assert any("\N{GRINNING FACE}" in text and count > 1 for text, count in found)
